@@ -1,0 +1,119 @@
+"""Every exception the package raises, and the one table from a kernel's status to its exception.
+
+    EstargzError                the base; ``exit_code`` is what the command line returns for it
+    |-- UsageError              an option or argument that cannot be honoured (also a ValueError)
+    |-- SourceError             the input tree or tar cannot become a layer
+    |   |-- ChangedError        a file grew, shrank or was replaced while it was read
+    |   `-- TarError            a malformed or unsupported tar stream
+    |-- SinkError               the output could not be written (also an OSError)
+    `-- BlobError               a blob that is not what it claims to be
+        `-- VerificationError   a digest, size or entry that does not match
+"""
+
+from __future__ import annotations
+
+import os
+
+__all__ = [
+    "BlobError",
+    "ChangedError",
+    "EstargzError",
+    "SinkError",
+    "SourceError",
+    "TarError",
+    "UsageError",
+    "VerificationError",
+]
+
+
+class EstargzError(Exception):
+    """Base of all errors of this package."""
+
+    exit_code = 1
+
+
+class UsageError(EstargzError, ValueError):
+    """An option or argument that cannot be honoured."""
+
+    exit_code = 2
+
+
+class SourceError(EstargzError):
+    """The source cannot become a layer; the message names the file or entry, the cause and the remedy."""
+
+
+class ChangedError(SourceError):
+    """A source file grew, shrank or was replaced while it was read."""
+
+
+class TarError(SourceError):
+    """A tar stream that is malformed, truncated, or holds what a layer cannot."""
+
+
+class SinkError(EstargzError, OSError):
+    """The output could not be written. ``errno`` is the system's."""
+
+
+class BlobError(EstargzError):
+    """A blob whose footer, table of contents or members are malformed."""
+
+
+class VerificationError(BlobError):
+    """A digest, a size or an entry that does not match what the blob or the caller claims."""
+
+
+# status code (ext/estargz/status.h) -> (exception, message, remedy)
+# {name} is the entry or path, {offset} the byte offset in the input, {cause} the system's text for errno.
+_STATUS: dict[int, tuple[type[EstargzError], str, str]] = {
+    -2: (EstargzError, "the build was cancelled", ""),
+    -10: (SourceError, "{name}: cannot be opened: {cause}", "check that it exists and is readable"),
+    -11: (SourceError, "{name}: cannot be read: {cause}", "check the file system that holds it"),
+    -12: (SourceError, "{name}: cannot be examined: {cause}", "check that it exists and is readable"),
+    -13: (SourceError, "{name}: cannot be listed: {cause}", "check that the directory exists and is readable"),
+    -14: (SourceError, "{name}: its link target cannot be read: {cause}", "check the file system that holds it"),
+    -15: (SourceError, "{name}: its extended attributes cannot be read: {cause}", "check the file system that holds it"),
+    -16: (ChangedError, "{name}: grew while it was read", "build from a tree that nothing writes to"),
+    -17: (ChangedError, "{name}: shrank while it was read (at byte {offset})", "build from a tree that nothing writes to"),
+    -18: (ChangedError, "{name}: was changed or replaced while it was read", "build from a tree that nothing writes to"),
+    -19: (
+        SourceError,
+        "{name}: is an overlayfs redirect, its content lies in another directory",
+        "mount the overlay with redirect_dir=off, or build from the merged tree with --lower",
+    ),
+    -20: (SourceError, "{name}: its device number does not fit a tar header", "leave the device out of the tree"),
+    -21: (SourceError, "{name}: name, link target and attributes exceed 1 MiB", "shorten the name or drop attributes"),
+    -22: (SourceError, "{name}: is a name reserved by the eStargz format", "rename it, or use --compression gzip"),
+    -30: (TarError, "{name}: bad header checksum at byte {offset}", "the input is damaged or is no tar stream"),
+    -31: (TarError, "{name}: bad number in the header at byte {offset}", "the input is damaged; make the tar again"),
+    -32: (TarError, "{name}: sparse entry at byte {offset}", "make the tar without --sparse"),
+    -33: (TarError, "{name}: entry type at byte {offset} cannot be part of a layer", "make the tar without such entries"),
+    -34: (TarError, "{name}: malformed PAX record at byte {offset}", "the input is damaged; make the tar again"),
+    -35: (TarError, "{name}: extended header over 1 MiB at byte {offset}", "shorten names or drop attributes"),
+    -36: (TarError, "{name}: the tar stream ends too early, at byte {offset}", "the input is truncated; fetch it again"),
+    -37: (TarError, "a single zero block followed by data, at byte {offset}", "the input is damaged; make the tar again"),
+    -38: (TarError, "{name}: extended header without an entry, at byte {offset}", "the input is damaged; make the tar again"),
+    -50: (SinkError, "{name}: cannot be written: {cause}", "free some space or check the destination"),
+    -52: (EstargzError, "the compressor failed at byte {offset}", "this is a defect of estargz or its libraries"),
+    -60: (SourceError, "{name}: bad gzip data at byte {offset}", "the input is damaged; fetch it again"),
+    -61: (SourceError, "{name}: gzip checksum mismatch at byte {offset}", "the input is damaged; fetch it again"),
+    -62: (SourceError, "{name}: the gzip stream ends too early, at byte {offset}", "the input is truncated; fetch it again"),
+    -63: (SourceError, "{name}: bad zstd data at byte {offset}", "the input is damaged; fetch it again"),
+    -64: (SourceError, "{name}: the zstd stream ends too early, at byte {offset}", "the input is truncated; fetch it again"),
+    -65: (SourceError, "{name}: garbage after the compressed data, at byte {offset}", "the input is damaged; fetch it again"),
+    -66: (BlobError, "{name}: inflates beyond the limit of {offset} bytes", "raise the limit if the blob is trusted"),
+}  # fmt: skip
+
+
+def from_status(code: int, errno: int = 0, name: str = "", offset: int = -1) -> BaseException:
+    """The exception for a kernel's status; ``name`` is the entry or path, ``offset`` a byte offset or -1."""
+    if code == -1:
+        return MemoryError("estargz: out of memory; lower --threads or --memory")
+    kind, text, remedy = _STATUS.get(code, (EstargzError, f"unknown status {code} for {{name}}", ""))
+    cause = os.strerror(errno) if errno else "unknown cause"
+    message = text.format(name=name or "input", offset=offset, cause=cause)
+    if remedy:
+        message += f"; {remedy}"
+    error = kind(message)
+    if errno and isinstance(error, OSError):
+        error.errno = errno
+    return error
