@@ -29,7 +29,7 @@ typedef struct {
     int64_t dev_minor;
 } tar_entry;
 
-/* One entry of the table of contents; 128 bytes, followed in the layer's string arena by its strings.
+/* One entry of the table of contents; 136 bytes, followed in the layer's string arena by its strings.
  * strings_at points at name, link, user name, group name, packed xattrs, back to back. */
 typedef struct {
     int64_t strings_at;
