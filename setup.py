@@ -22,7 +22,14 @@ PACKAGES = {
 
 # compiled stage -> (libraries, C sources beside it)
 STAGES: dict[str, tuple[list[str], list[str]]] = {
+    "_memory": ([], []),
+    "_files": ([], []),
     "_tar": ([], []),
+    "_walk": ([], []),
+    "_layer": (["libcrypto"], ["sha256.c"]),
+    "_toc": ([], []),
+    "_pipeline": (["libisal", "libcrypto"], ["sha256.c"]),
+    "_codec": (["libisal", "libdeflate"], []),
     "_inflate": (["libisal", "libzstd", "libcrypto"], []),
 }
 

@@ -52,7 +52,7 @@ cdef extern from "rows.h" nogil:
         uint32_t chunk_count
         uint8_t type
         uint8_t has_digest
-        uint16_t reserved
+        uint16_t has_mtime
         uint32_t dev_major
         uint32_t dev_minor
         uint8_t digest[32]

@@ -1,6 +1,6 @@
 # Extern declarations of libdeflate >= 1.14 (https://github.com/ebiggers/libdeflate), compression only.
 cdef extern from "libdeflate.h" nogil:
-    ctypedef struct libdeflate_compressor:
+    struct libdeflate_compressor:
         pass
     libdeflate_compressor *libdeflate_alloc_compressor(int level)
     void libdeflate_free_compressor(libdeflate_compressor *compressor)

@@ -42,14 +42,14 @@ typedef struct {
     int64_t uid;
     int64_t gid;
     int64_t size;
-    int64_t mtime_s;          /* already rounded as the table wants it; 0 = omit */
+    int64_t mtime_s;          /* rounded to the nearest second, halves up; meaningful when has_mtime */
     int64_t offset;           /* of the member holding the first payload byte; 0 without payload */
     int64_t inner_offset;     /* uncompressed bytes of that member before the payload; 0 = omit */
     int64_t first_chunk;      /* index of the first row in the chunk table; meaningful when chunk_count > 1 */
     uint32_t chunk_count;     /* 0 no payload, 1 the whole file is one chunk (digest serves both), else rows in the table */
     uint8_t type;
     uint8_t has_digest;
-    uint16_t reserved;
+    uint16_t has_mtime;       /* 0: the table omits the time, as it does for 1970-01-01T00:00:00 */
     uint32_t dev_major;
     uint32_t dev_minor;
     uint8_t digest[32];       /* SHA-256 of the whole payload */

@@ -1,0 +1,149 @@
+# The parallel middle of the build: batches of the tar stream in, members out in order (docs/architecture.md).
+from libc.stddef cimport size_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+
+from estargz._codec cimport compressor
+from estargz._files cimport directory_cache
+from estargz._memory cimport buffer
+from estargz._rows cimport est_failure
+from estargz._sha256 cimport sha256_stream
+from estargz._toc cimport toc_table
+
+cdef extern from "<pthread.h>" nogil:
+    ctypedef struct pthread_mutex_t:
+        pass
+    ctypedef struct pthread_cond_t:
+        pass
+
+# Payload bytes that a worker still has to read from a source tree.
+ctypedef struct file_fill:
+    size_t raw_at           # where in the batch
+    size_t size
+    int64_t file_offset
+    int64_t path_at         # in the batch's paths, relative to root
+    uint32_t path_size
+    int root                # handle of the tree
+    uint64_t device         # what the file was when it was listed
+    uint64_t inode
+    int64_t file_size
+    int64_t mtime_s
+    int64_t mtime_ns
+
+# One member: raw[raw_at:raw_end] becomes out[previous out_end:out_end].
+ctypedef struct member_span:
+    size_t raw_at
+    size_t raw_end
+    size_t out_end
+
+# One chunk of a file's payload, with the row of the table of contents it belongs to.
+ctypedef struct chunk_span:
+    size_t raw_at
+    size_t size
+    int64_t member          # index in the batch
+    int64_t row             # number of the entry in the layer
+    int64_t chunk_offset
+    bint only               # the whole file
+    bint last
+    uint8_t digest[32]
+
+cdef enum batch_kind:
+    BATCH_MEMBERS           # whole members
+    BATCH_PIECE             # a piece of one long member (the table of contents)
+
+cdef enum batch_state:
+    STATE_FREE
+    STATE_FILLING
+    STATE_READY
+    STATE_WORKING
+    STATE_DONE
+
+# A contiguous slice of the uncompressed stream with everything a worker and the sink need to know of it. Owned by the
+# producer until submit, by one worker until it is done, by the sink until it is free again.
+ctypedef struct batch:
+    int64_t number
+    int kind
+    int state
+    uint8_t *raw
+    size_t raw_size
+    uint8_t *out
+    size_t out_size
+    buffer members          # member_span
+    buffer chunks           # chunk_span
+    buffer fills            # file_fill
+    buffer paths
+    buffer rows             # toc_row, strings_at counted from this batch's strings
+    buffer strings
+    bint first_piece
+    bint last_piece
+    size_t digest_from      # part of raw that the digest of a piece covers
+    size_t digest_end
+    est_failure failure
+
+# What one thread keeps from batch to batch.
+ctypedef struct worker:
+    compressor state
+    bint opened
+    directory_cache directory
+
+cdef class Pipeline:
+    cdef pthread_mutex_t lock
+    cdef pthread_cond_t work_or_end      # workers wait here
+    cdef pthread_cond_t progress_made    # the producer waits here
+    cdef bint locks_ready
+
+    cdef int codec, level
+    cdef readonly int threads
+    cdef bint producer_helps
+    cdef bint keep_rows
+    cdef readonly size_t raw_capacity
+    cdef size_t out_capacity
+
+    cdef batch *slots
+    cdef batch **ring
+    cdef readonly int64_t slot_count
+    cdef int64_t produced, taken, sunk
+    cdef bint sinking, ended
+    cdef est_failure failure             # code 0: none so far
+    cdef int64_t failed_batch
+
+    cdef worker *workers
+    cdef int worker_count
+    cdef list started
+    cdef object interrupt                # exception raised by a signal handler or the progress callback
+    cdef object progress
+    cdef int64_t progress_due_ns
+
+    cdef int sink_fd                     # -1: none
+    cdef object sink_write               # or a callable
+    cdef object sink_error
+
+    cdef sha256_stream tar_hash, blob_hash, file_hash, piece_hash
+    cdef uint32_t piece_crc
+    cdef int64_t piece_raw_size
+    cdef readonly int64_t piece_offset   # blob offset of the first piece
+    cdef int64_t tar_size, blob_size
+    cdef int64_t open_row                # the file of several chunks that is passing, or -1
+    cdef toc_table table
+
+    cdef batch *acquire(self) noexcept nogil
+    cdef void submit(self, batch *b) noexcept nogil
+    cdef int drain(self) noexcept nogil
+    cdef int write_out(self, const uint8_t *data, size_t size) noexcept nogil
+    cdef void fail(self, const est_failure *failure, int64_t batch_number) noexcept nogil
+    cdef void stop(self) noexcept nogil
+
+    cdef bint step(self, worker *w) noexcept nogil
+    cdef void work(self, batch *b, worker *w) noexcept nogil
+    cdef int fill_files(self, batch *b, worker *w) noexcept nogil
+    cdef int hash_chunks(self, batch *b) noexcept nogil
+    cdef int compress(self, batch *b, worker *w) noexcept nogil
+    cdef int sink(self, batch *b) noexcept nogil
+    cdef void hash_in_order(self, batch *b) noexcept nogil
+    cdef int record(self, batch *b) noexcept nogil
+    cdef int finish_pieces(self, batch *b) noexcept nogil
+    cdef int write_fd(self, const uint8_t *data, size_t size) noexcept nogil
+    cdef int write_object(self, const uint8_t *data, size_t size) noexcept with gil
+    cdef int start_threads(self) noexcept with gil
+    cdef bint listen(self) noexcept nogil
+    cdef bint call_back(self) noexcept with gil
+    cdef void wait_for_progress(self) noexcept nogil

@@ -1,0 +1,641 @@
+"""The parallel middle of the build: batches of the tar stream in, members out in order (docs/architecture.md).
+
+Every thread runs the same loop: sink the next batch if it is done and nobody sinks, else work on the next batch that
+waits. The producer, which is the caller, joins that loop whenever no batch is free. So one thread needs no other, and
+N threads are never more than N.
+"""
+
+import threading
+
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.exc cimport PyErr_CheckSignals
+from libc.errno cimport EINTR, errno
+from libc.stddef cimport size_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcpy, memset, strlen
+
+from posix.stat cimport S_ISREG, fstat, struct_stat
+from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
+from posix.unistd cimport close, pread, write
+
+from estargz._codec cimport (
+    CODEC_COPY, CODEC_GZIP, CODEC_NONE, PIECE_MARGIN, compressor_close, compressor_open, member_bound, member_write,
+    piece_write,
+)
+from estargz._files cimport directory_cache_close, directory_cache_init, open_cached
+from estargz._memory cimport buffer, buffer_append, buffer_free, buffer_reserve
+from estargz._rows cimport (
+    EST_CANCELLED, EST_GREW, EST_NO_MEMORY, EST_OK, EST_OPEN, EST_READ, EST_REPLACED, EST_SHRANK, EST_SINK, EST_STAT,
+    EST_WRITE,
+    chunk_row, est_failure, toc_row,
+)
+from estargz._sha256 cimport sha256_finish, sha256_job, sha256_run, sha256_start, sha256_stream
+from estargz._toc cimport toc_free, toc_table
+from estargz.isal cimport crc32_gzip_refl
+
+from estargz.errors import from_status
+
+cdef extern from "<pthread.h>" nogil:
+    int pthread_mutex_init(pthread_mutex_t *mutex, void *attributes)
+    int pthread_mutex_destroy(pthread_mutex_t *mutex)
+    int pthread_mutex_lock(pthread_mutex_t *mutex)
+    int pthread_mutex_unlock(pthread_mutex_t *mutex)
+    int pthread_cond_init(pthread_cond_t *condition, void *attributes)
+    int pthread_cond_destroy(pthread_cond_t *condition)
+    int pthread_cond_wait(pthread_cond_t *condition, pthread_mutex_t *mutex)
+    int pthread_cond_timedwait(pthread_cond_t *condition, pthread_mutex_t *mutex, const timespec *until)
+    int pthread_cond_signal(pthread_cond_t *condition)
+    int pthread_cond_broadcast(pthread_cond_t *condition)
+
+cdef enum:
+    HASHED_TOGETHER = 64        # chunk hashes that are offered to the interleaved kernel at once
+    GZIP_HEADER_SIZE = 10
+    GZIP_TRAILER_SIZE = 8
+
+cdef int64_t LISTEN_EVERY_NS = 100000000    # how often the caller looks for signals and reports progress
+cdef uint8_t GZIP_HEADER[10]
+GZIP_HEADER[:] = [0x1F, 0x8B, 8, 0, 0, 0, 0, 0, 0, 0xFF]
+
+
+cdef void set_failure(est_failure *failure, int code, int sys_errno, int64_t offset, const void *name,
+                      size_t name_size) noexcept nogil:
+    failure.code = code
+    failure.sys_errno = sys_errno
+    failure.offset = offset
+    failure.name_len = min(name_size, sizeof(failure.name))
+    if failure.name_len:
+        memcpy(failure.name, name, failure.name_len)
+
+
+cdef int64_t monotonic_ns() noexcept nogil:
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return <int64_t>now.tv_sec * 1000000000 + now.tv_nsec
+
+
+cdef class Pipeline:
+    """Turns batches into members on `threads` threads and writes them in order.
+
+    Parameters: codec and level as in _codec; raw_capacity bytes of the stream per batch; slot_count batches in all;
+    threads >= 1; producer_helps: the producing thread is one of them; keep_rows: digest chunks and keep the table of
+    contents; write: None, a file descriptor, or a callable that takes bytes; progress: None or a callable that is given
+    the uncompressed bytes written so far, about ten times a second, in the producing thread.
+    """
+
+    def __cinit__(self, int codec, int level, size_t raw_capacity, int64_t slot_count, int threads,
+                  bint producer_helps, bint keep_rows, write, progress):
+        cdef int64_t i
+        self.codec = codec
+        self.level = level
+        self.raw_capacity = raw_capacity
+        self.out_capacity = member_bound(raw_capacity) + PIECE_MARGIN
+        self.threads = threads
+        self.slot_count = slot_count
+        self.producer_helps = producer_helps
+        self.keep_rows = keep_rows
+        self.worker_count = threads if producer_helps else threads + 1
+        self.started = []
+        self.progress = progress
+        self.progress_due_ns = monotonic_ns() + LISTEN_EVERY_NS
+        self.sink_fd = write if isinstance(write, int) else -1
+        self.sink_write = None if isinstance(write, int) else write
+        self.open_row = -1
+        self.failed_batch = -1
+        sha256_start(&self.tar_hash)
+        sha256_start(&self.blob_hash)
+        sha256_start(&self.piece_hash)
+        pthread_mutex_init(&self.lock, NULL)
+        pthread_cond_init(&self.work_or_end, NULL)
+        pthread_cond_init(&self.progress_made, NULL)
+        self.locks_ready = True
+        self.slots = <batch *>calloc(slot_count, sizeof(batch))
+        self.ring = <batch **>calloc(slot_count, sizeof(batch *))
+        self.workers = <worker *>calloc(self.worker_count, sizeof(worker))
+        if self.slots == NULL or self.ring == NULL or self.workers == NULL:
+            raise MemoryError("estargz: out of memory; lower --threads or --memory")
+        for i in range(self.worker_count):
+            directory_cache_init(&self.workers[i].directory)
+
+    def __dealloc__(self):
+        cdef int64_t i
+        if self.slots != NULL:
+            for i in range(self.slot_count):
+                free_batch(&self.slots[i])
+        if self.workers != NULL:
+            for i in range(self.worker_count):
+                if self.workers[i].opened:
+                    compressor_close(&self.workers[i].state)
+                directory_cache_close(&self.workers[i].directory)
+        free(self.slots)
+        free(self.ring)
+        free(self.workers)
+        toc_free(&self.table)
+        if self.locks_ready:
+            pthread_cond_destroy(&self.progress_made)
+            pthread_cond_destroy(&self.work_or_end)
+            pthread_mutex_destroy(&self.lock)
+
+    # --------------------------------------------------------------------------------------------- producer's side
+
+    cdef batch *acquire(self) noexcept nogil:
+        """An empty batch, or NULL when the pipeline has failed. Works while it waits."""
+        cdef batch *found = NULL
+        cdef int64_t i
+        pthread_mutex_lock(&self.lock)
+        while not self.failure.code:
+            if self.produced - self.sunk < self.slot_count and not (self.threads == 1 and self.producer_helps
+                                                                    and self.produced > self.sunk):
+                for i in range(self.slot_count):
+                    if self.slots[i].state == STATE_FREE:
+                        found = &self.slots[i]
+                        break
+                break
+            if not (self.producer_helps and self.step(&self.workers[0])):
+                self.wait_for_progress()
+            if not self.listen():
+                break
+        if self.failure.code:
+            found = NULL
+        if found != NULL and not open_batch(found, self.raw_capacity, self.out_capacity, self.codec):
+            self.failure.code = EST_NO_MEMORY
+            found = NULL
+        if found != NULL:
+            found.state = STATE_FILLING
+        pthread_mutex_unlock(&self.lock)
+        return found
+
+    cdef void submit(self, batch *b) noexcept nogil:
+        """Hands a filled batch over; order of submission is order of output."""
+        cdef bint start
+        pthread_mutex_lock(&self.lock)
+        b.number = self.produced
+        b.state = STATE_READY
+        self.ring[b.number % self.slot_count] = b
+        self.produced += 1
+        # A layer of one batch needs no other thread.
+        start = self.produced == 2 or (self.produced == 1 and not self.producer_helps)
+        pthread_cond_signal(&self.work_or_end)
+        pthread_mutex_unlock(&self.lock)
+        if start and self.start_threads() != EST_OK:
+            self.stop()
+
+    cdef int drain(self) noexcept nogil:
+        """Waits until every submitted batch is written, working meanwhile. EST_OK, or the failure's code."""
+        pthread_mutex_lock(&self.lock)
+        while self.sunk < self.produced:
+            if self.failure.code and (self.failed_batch < 0 or self.sunk >= self.failed_batch):
+                break
+            if not (self.producer_helps and self.step(&self.workers[0])):
+                self.wait_for_progress()
+            if not self.listen():
+                break
+        cdef int code = self.failure.code
+        pthread_mutex_unlock(&self.lock)
+        return code
+
+    cdef void wait_for_progress(self) noexcept nogil:
+        cdef timespec until
+        clock_gettime(CLOCK_REALTIME, &until)
+        until.tv_nsec += LISTEN_EVERY_NS
+        if until.tv_nsec >= 1000000000:
+            until.tv_nsec -= 1000000000
+            until.tv_sec += 1
+        pthread_cond_timedwait(&self.progress_made, &self.lock, &until)
+
+    cdef bint listen(self) noexcept nogil:
+        """Lets signal handlers and the progress callback run now and then; False once one of them has raised.
+
+        Called with the lock held, which is released meanwhile: a callback may take its time.
+        """
+        cdef bint go_on
+        if monotonic_ns() < self.progress_due_ns:
+            return True
+        pthread_mutex_unlock(&self.lock)
+        go_on = self.call_back()
+        pthread_mutex_lock(&self.lock)
+        self.progress_due_ns = monotonic_ns() + LISTEN_EVERY_NS
+        if not go_on and not self.failure.code:
+            set_failure(&self.failure, EST_CANCELLED, 0, -1, NULL, 0)
+        return go_on
+
+    cdef bint call_back(self) noexcept with gil:
+        try:
+            PyErr_CheckSignals()
+            if self.progress is not None:
+                self.progress(self.tar_size)
+        except BaseException as error:
+            self.interrupt = error
+            return False
+        return True
+
+    cdef void fail(self, const est_failure *failure, int64_t batch_number) noexcept nogil:
+        """Keeps the failure that comes first in the stream, so that the same input always gives the same error.
+
+        batch_number -1: the producer's own failure, which comes after everything it has submitted.
+        """
+        pthread_mutex_lock(&self.lock)
+        if not self.failure.code or (0 <= batch_number < self.failed_batch):
+            self.failure = failure[0]
+            self.failed_batch = batch_number
+        pthread_cond_broadcast(&self.work_or_end)
+        pthread_cond_broadcast(&self.progress_made)
+        pthread_mutex_unlock(&self.lock)
+
+    cdef void stop(self) noexcept nogil:
+        """Ends the workers: all at once after a failure, else when nothing is left to do."""
+        pthread_mutex_lock(&self.lock)
+        self.ended = True
+        pthread_cond_broadcast(&self.work_or_end)
+        pthread_mutex_unlock(&self.lock)
+
+    def close(self, bint cancel=False):
+        """Ends and joins the workers. cancel: unfinished batches are dropped."""
+        cdef est_failure cancelled
+        if cancel:
+            memset(&cancelled, 0, sizeof(cancelled))
+            cancelled.code = EST_CANCELLED
+            with nogil:
+                self.fail(&cancelled, -1)
+        with nogil:
+            self.stop()
+        for thread in self.started:
+            thread.join()
+        self.started = []
+
+    def raise_failure(self):
+        """Raises what went wrong; call it after close."""
+        if self.interrupt is not None:
+            raise self.interrupt
+        if self.failure.code == EST_SINK:
+            raise self.sink_error
+        if self.failure.code:
+            name = self.failure.name[:self.failure.name_len].decode("utf-8", "backslashreplace")
+            raise from_status(self.failure.code, self.failure.sys_errno, name, self.failure.offset)
+
+    # --------------------------------------------------------------------------------------------- workers
+
+    cdef int start_threads(self) noexcept with gil:
+        cdef int i
+        try:
+            for i in range(1, self.worker_count):
+                thread = threading.Thread(target=self._run, args=(i,), name=f"estargz-{i}", daemon=True)
+                thread.start()
+                self.started.append(thread)
+        except BaseException as error:
+            self.interrupt = error
+            set_failure(&self.failure, EST_CANCELLED, 0, -1, NULL, 0)
+            return EST_CANCELLED
+        return EST_OK
+
+    def _run(self, int index):
+        with nogil:
+            pthread_mutex_lock(&self.lock)
+            while True:
+                if self.step(&self.workers[index]):
+                    continue
+                if self.failure.code or (self.ended and self.taken == self.produced):
+                    break
+                pthread_cond_wait(&self.work_or_end, &self.lock)
+            pthread_mutex_unlock(&self.lock)
+
+    cdef bint step(self, worker *w) noexcept nogil:
+        """Does one piece of work if there is any; called with the lock held, which is released meanwhile."""
+        cdef batch *b
+        cdef int code
+        if self.failure.code and self.failed_batch < 0 and self.failure.code == EST_CANCELLED:
+            return False
+        if not self.sinking and self.sunk < self.taken and not (self.failure.code and self.sunk == self.failed_batch):
+            b = self.ring[self.sunk % self.slot_count]
+            if b.state == STATE_DONE:
+                self.sinking = True
+                pthread_mutex_unlock(&self.lock)
+                code = self.sink(b)
+                if code:
+                    if b.failure.code != code:
+                        set_failure(&b.failure, code, 0, self.tar_size, NULL, 0)
+                    self.fail(&b.failure, b.number)
+                pthread_mutex_lock(&self.lock)
+                self.sinking = False
+                if not code:
+                    b.state = STATE_FREE
+                    self.sunk += 1
+                pthread_cond_signal(&self.progress_made)
+                return True
+        if self.taken < self.produced and not (self.failure.code and self.taken > self.failed_batch >= 0):
+            b = self.ring[self.taken % self.slot_count]
+            self.taken += 1
+            b.state = STATE_WORKING
+            pthread_mutex_unlock(&self.lock)
+            b.failure.code = EST_OK
+            self.work(b, w)
+            if b.failure.code:
+                self.fail(&b.failure, b.number)
+            pthread_mutex_lock(&self.lock)
+            b.state = STATE_DONE
+            if self.sunk == b.number:
+                pthread_cond_signal(&self.progress_made)
+            return True
+        return False
+
+    cdef void work(self, batch *b, worker *w) noexcept nogil:
+        cdef int code = EST_OK
+        if not w.opened:
+            code = compressor_open(&w.state, self.codec, self.level)
+            w.opened = code == EST_OK
+        if not code:
+            code = self.fill_files(b, w)
+        if not code and self.keep_rows:
+            code = self.hash_chunks(b)
+        if not code:
+            code = self.compress(b, w)
+        if code and not b.failure.code:
+            set_failure(&b.failure, code, 0, -1, NULL, 0)
+
+    cdef int fill_files(self, batch *b, worker *w) noexcept nogil:
+        cdef file_fill *fills = <file_fill *>b.fills.data
+        cdef size_t i
+        cdef int code
+        for i in range(b.fills.size // sizeof(file_fill)):
+            code = fill_file(&fills[i], b, &w.directory)
+            if code:
+                set_failure(&b.failure, code, errno, fills[i].file_offset, b.paths.data + fills[i].path_at,
+                            fills[i].path_size)
+                return code
+        return EST_OK
+
+    cdef int hash_chunks(self, batch *b) noexcept nogil:
+        cdef sha256_stream streams[HASHED_TOGETHER]
+        cdef sha256_job jobs[HASHED_TOGETHER]
+        cdef chunk_span *chunks = <chunk_span *>b.chunks.data
+        cdef size_t count = b.chunks.size // sizeof(chunk_span)
+        cdef size_t at = 0
+        cdef size_t i, group
+        while at < count:
+            group = min(count - at, <size_t>HASHED_TOGETHER)
+            for i in range(group):
+                sha256_start(&streams[i])
+                jobs[i].stream = &streams[i]
+                jobs[i].data = b.raw + chunks[at + i].raw_at
+                jobs[i].size = chunks[at + i].size
+            sha256_run(jobs, group)
+            for i in range(group):
+                sha256_finish(&streams[i], chunks[at + i].digest)
+            at += group
+        return EST_OK
+
+    cdef int compress(self, batch *b, worker *w) noexcept nogil:
+        cdef member_span *members = <member_span *>b.members.data
+        cdef ssize_t written
+        cdef size_t i
+        b.out_size = 0
+        if self.codec != CODEC_GZIP:
+            return EST_OK
+        if b.kind == BATCH_PIECE:
+            if b.first_piece:
+                memcpy(b.out, GZIP_HEADER, GZIP_HEADER_SIZE)
+                b.out_size = GZIP_HEADER_SIZE
+            written = piece_write(&w.state, b.raw, b.raw_size, b.last_piece, b.out + b.out_size,
+                                  self.out_capacity - b.out_size)
+            if written < 0:
+                return written
+            b.out_size += written
+            return EST_OK
+        for i in range(b.members.size // sizeof(member_span)):
+            written = member_write(&w.state, b.raw + members[i].raw_at, members[i].raw_end - members[i].raw_at,
+                                   b.out + b.out_size, self.out_capacity - b.out_size)
+            if written < 0:
+                return written
+            b.out_size += written
+            members[i].out_end = b.out_size
+        return EST_OK
+
+    # --------------------------------------------------------------------------------------------- the sink, in order
+
+    cdef int sink(self, batch *b) noexcept nogil:
+        cdef int code = EST_OK
+        if b.kind == BATCH_PIECE:
+            code = self.finish_pieces(b)
+        elif self.keep_rows:
+            code = self.record(b)
+        if code:
+            return code
+        self.hash_in_order(b)
+        if self.codec == CODEC_GZIP:
+            code = self.write_out(b.out, b.out_size)
+        elif self.codec == CODEC_COPY:
+            code = self.write_out(b.raw, b.raw_size)
+        if code:
+            set_failure(&b.failure, code, errno if code == EST_WRITE else 0, self.blob_size, "output", 6)
+            return code
+        self.tar_size += b.raw_size
+        return EST_OK
+
+    cdef void hash_in_order(self, batch *b) noexcept nogil:
+        """The hashes that run over the whole stream: DiffID, blob, and the table of contents while it passes."""
+        cdef sha256_job jobs[3]
+        cdef size_t count = 1
+        jobs[0].stream = &self.tar_hash
+        jobs[0].data = b.raw
+        jobs[0].size = b.raw_size
+        if self.codec == CODEC_GZIP:
+            jobs[count].stream = &self.blob_hash
+            jobs[count].data = b.out
+            jobs[count].size = b.out_size
+            count += 1
+        if b.kind == BATCH_PIECE:
+            jobs[count].stream = &self.piece_hash
+            jobs[count].data = b.raw + b.digest_from
+            jobs[count].size = b.digest_end - b.digest_from
+            count += 1
+        sha256_run(jobs, count)
+
+    cdef int finish_pieces(self, batch *b) noexcept nogil:
+        """The trailer of a member made of pieces needs the checksum over all of them."""
+        cdef uint32_t size
+        if b.first_piece:
+            self.piece_offset = self.blob_size
+        self.piece_crc = crc32_gzip_refl(self.piece_crc, b.raw, b.raw_size)
+        self.piece_raw_size += b.raw_size
+        if b.last_piece:
+            size = <uint32_t>self.piece_raw_size
+            memcpy(b.out + b.out_size, &self.piece_crc, 4)
+            memcpy(b.out + b.out_size + 4, &size, 4)
+            b.out_size += GZIP_TRAILER_SIZE
+        return EST_OK
+
+    cdef int record(self, batch *b) noexcept nogil:
+        """Adds the batch's entries to the table of contents and gives its chunks their place in the blob."""
+        cdef toc_table *table = &self.table
+        cdef int64_t strings_at = table.strings.size
+        cdef toc_row *rows = <toc_row *>b.rows.data
+        cdef chunk_span *chunks = <chunk_span *>b.chunks.data
+        cdef size_t i
+        cdef int code
+        for i in range(b.rows.size // sizeof(toc_row)):
+            rows[i].strings_at += strings_at
+        if not (buffer_append(&table.rows, b.rows.data, b.rows.size)
+                and buffer_append(&table.strings, b.strings.data, b.strings.size)):
+            return EST_NO_MEMORY
+        for i in range(b.chunks.size // sizeof(chunk_span)):
+            code = record_chunk(self, b, &chunks[i])
+            if code:
+                return code
+        return EST_OK
+
+    cdef int write_out(self, const uint8_t *data, size_t size) noexcept nogil:
+        cdef int code = EST_OK
+        if self.sink_fd >= 0:
+            code = self.write_fd(data, size)
+        elif self.sink_write is not None:
+            code = self.write_object(data, size)
+        self.blob_size += size
+        return code
+
+    cdef int write_fd(self, const uint8_t *data, size_t size) noexcept nogil:
+        cdef ssize_t written
+        while size:
+            written = write(self.sink_fd, data, size)
+            if written < 0 and errno != EINTR:
+                return EST_WRITE
+            if written > 0:
+                data += written
+                size -= written
+        return EST_OK
+
+    cdef int write_object(self, const uint8_t *data, size_t size) noexcept with gil:
+        # A copy: the writer may keep what it is given, and the batch will be used again.
+        try:
+            self.sink_write(PyBytes_FromStringAndSize(<const char *>data, size))
+        except BaseException as error:
+            self.sink_error = error
+            return EST_SINK
+        return EST_OK
+
+    # --------------------------------------------------------------------------------------------- results
+
+    def result(self):
+        """(blob size, blob digest, tar size, DiffID, digest of the pieces): sizes in bytes, digests of 32 bytes each."""
+        cdef uint8_t tar_digest[32]
+        cdef uint8_t blob_digest[32]
+        cdef uint8_t piece_digest[32]
+        sha256_finish(&self.tar_hash, tar_digest)
+        sha256_finish(&self.blob_hash, blob_digest)
+        sha256_finish(&self.piece_hash, piece_digest)
+        if self.codec == CODEC_COPY:
+            memcpy(blob_digest, tar_digest, 32)
+        return self.blob_size, blob_digest[:32], self.tar_size, tar_digest[:32], piece_digest[:32]
+
+    def tables(self):
+        """(rows, chunks, strings) as bytes: toc_row and chunk_row structs and the strings the rows point into."""
+        return (
+            PyBytes_FromStringAndSize(<char *>self.table.rows.data, self.table.rows.size),
+            PyBytes_FromStringAndSize(<char *>self.table.chunks.data, self.table.chunks.size),
+            PyBytes_FromStringAndSize(<char *>self.table.strings.data, self.table.strings.size),
+        )
+
+
+# ------------------------------------------------------------------------------------------------- batches
+
+cdef bint open_batch(batch *b, size_t raw_capacity, size_t out_capacity, int codec) noexcept nogil:
+    """An empty batch with its memory; memory once taken is used again."""
+    if b.raw == NULL:
+        b.raw = <uint8_t *>malloc(raw_capacity)
+    if b.out == NULL and codec == CODEC_GZIP:
+        b.out = <uint8_t *>malloc(out_capacity)
+    b.kind = BATCH_MEMBERS
+    b.raw_size = 0
+    b.out_size = 0
+    b.members.size = 0
+    b.chunks.size = 0
+    b.fills.size = 0
+    b.paths.size = 0
+    b.rows.size = 0
+    b.strings.size = 0
+    b.failure.code = EST_OK
+    return b.raw != NULL and (b.out != NULL or codec != CODEC_GZIP)
+
+
+cdef void free_batch(batch *b) noexcept nogil:
+    free(b.raw)
+    free(b.out)
+    buffer_free(&b.members)
+    buffer_free(&b.chunks)
+    buffer_free(&b.fills)
+    buffer_free(&b.paths)
+    buffer_free(&b.rows)
+    buffer_free(&b.strings)
+
+
+cdef int record_chunk(Pipeline p, batch *b, const chunk_span *chunk) noexcept nogil:
+    cdef toc_row *row = <toc_row *>p.table.rows.data + chunk.row
+    cdef const member_span *members = <member_span *>b.members.data
+    cdef int64_t offset = p.blob_size + (members[chunk.member - 1].out_end if chunk.member else 0)
+    cdef int64_t inner_offset = chunk.raw_at - members[chunk.member].raw_at
+    cdef chunk_row place
+    cdef sha256_job job
+    if chunk.chunk_offset == 0:
+        row.offset = offset
+        row.inner_offset = inner_offset
+        row.has_digest = 1
+    if chunk.only:
+        row.chunk_count = 1
+        memcpy(row.digest, chunk.digest, 32)
+        return EST_OK
+    if chunk.chunk_offset == 0:
+        row.first_chunk = p.table.chunks.size // sizeof(chunk_row)
+        sha256_start(&p.file_hash)
+    row.chunk_count += 1
+    place.offset = offset
+    place.inner_offset = inner_offset
+    place.chunk_offset = chunk.chunk_offset
+    place.chunk_size = chunk.size
+    memcpy(place.digest, chunk.digest, 32)
+    if not buffer_append(&p.table.chunks, &place, sizeof(place)):
+        return EST_NO_MEMORY
+    job.stream = &p.file_hash
+    job.data = b.raw + chunk.raw_at
+    job.size = chunk.size
+    sha256_run(&job, 1)
+    if chunk.last:
+        sha256_finish(&p.file_hash, row.digest)
+    return EST_OK
+
+
+# ------------------------------------------------------------------------------------------------- files
+
+cdef int fill_file(const file_fill *fill, batch *b, directory_cache *directory) noexcept nogil:
+    """Reads the bytes and makes sure that the file is still the one that was listed."""
+    cdef int handle = open_cached(directory, fill.root, <const char *>b.paths.data + fill.path_at, fill.path_size)
+    cdef size_t done = 0
+    cdef ssize_t got
+    cdef int code = EST_OK
+    if handle < 0:
+        return EST_OPEN
+    while done < fill.size:
+        got = pread(handle, b.raw + fill.raw_at + done, fill.size - done, fill.file_offset + done)
+        if got < 0 and errno == EINTR:
+            continue
+        if got <= 0:
+            code = EST_READ if got < 0 else EST_SHRANK
+            break
+        done += got
+    if code != EST_READ:
+        code = check_unchanged(handle, fill, code)
+    close(handle)
+    return code
+
+
+cdef int check_unchanged(int handle, const file_fill *fill, int code) noexcept nogil:
+    cdef struct_stat now
+    if fstat(handle, &now):
+        return EST_STAT
+    if not S_ISREG(now.st_mode) or <uint64_t>now.st_ino != fill.inode or <uint64_t>now.st_dev != fill.device:
+        return EST_REPLACED
+    if now.st_size > fill.file_size:
+        return EST_GREW
+    if now.st_size < fill.file_size:
+        return EST_SHRANK
+    if code == EST_OK and (now.st_mtim.tv_sec != fill.mtime_s or now.st_mtim.tv_nsec != fill.mtime_ns):
+        return EST_REPLACED
+    return code

@@ -1,0 +1,458 @@
+"""Proving that a blob is what it claims to be, before anyone relies on either of its two views.
+
+      +-> chunk jobs -> inflate -> SHA-256 = TOC's digests          (threads)
+blob -+-> inflate -> tar scan -> rows = TOC entries, one by one     (one thread)
+      |        `---> SHA-256 = DiffID                               (one thread, ahead of the scan)
+      `-> TOC member, footer: nothing in between
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from base64 import b64encode
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import blob as blobs
+from ._inflate import CHECK_CHUNK, FILE_LAST, FILE_PART, JOB_FIELDS, MISMATCH, InflateReader, check_chunks, detect
+from .blob import Blob, Chunk, Readable, Source, Window
+from .errors import BlobError, EstargzError, UsageError, VerificationError, from_status
+from .toc import TOCEntry, go_text, modtime_seconds, owners
+
+__all__ = ["Report", "verify"]
+
+_BLOCK = 1 << 20  # bytes inflated at a time
+_AHEAD = 3  # blocks that wait for the tar scan
+_JOB = np.dtype(JOB_FIELDS)
+_TYPES = {48: "reg", 49: "hardlink", 50: "symlink", 51: "char", 52: "block", 53: "dir", 54: "fifo"}
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What verify() proved. Sizes are in bytes.
+
+    format:             "estargz", "legacy" (47-byte footer), or "gzip", "zstd", "plain" for an ordinary layer, of which
+                        only the stream's own checksums and the DiffID were checked
+    size:               of the blob
+    diff_id:            SHA-256 of the inflated stream, a TOC included
+    uncompressed_size:  of the same stream
+    toc_digest:         SHA-256 of the TOC's JSON; None for an ordinary layer
+    entries:            entries of the tar, each equal to the TOC's
+    files:              regular files among them, each digest recomputed from its chunks and from the tar
+    chunks:             parts read at the TOC's offsets, as a lazily pulling runtime does
+    payload_size:       of the files
+    """
+
+    format: str
+    size: int
+    diff_id: str
+    uncompressed_size: int
+    toc_digest: str | None = None
+    entries: int = 0
+    files: int = 0
+    chunks: int = 0
+    payload_size: int = 0
+
+
+class Scan(Protocol):
+    """What a tar scan gives; see scan_tar in ext/estargz/_layer.pyx."""
+
+    rows: NDArray[np.void]
+    strings: bytes
+    size: int
+
+
+def verify(
+    source: Readable, *, toc_digest: str | None = None, diff_id: str | None = None, threads: int | None = None
+) -> Report:
+    """Check a whole blob, in memory that does not grow with the sizes it states.
+
+    source:      path, file or bytes of the blob
+    toc_digest:  "sha256:..." that the TOC must have, from the image's manifest; without it the TOC is taken as found
+    diff_id:     "sha256:..." that the inflated stream must have, from the image's configuration
+    threads:     for the chunks; default: one per CPU
+
+    Proves for an eStargz blob: the footer and the TOC are well-formed, with nothing in between or around; every chunk,
+    read at the TOC's offsets, has its digest, and every file the digest of its chunks in a row; the TOC's entries are
+    the tar's, in number, order and all they state; every gzip checksum; and the two digests, as far as given.
+    A blob without an eStargz footer is accepted only with a ``diff_id`` and no ``toc_digest``: then that is checked,
+    and the stream's own checksums.
+
+    Raises UsageError for malformed digests or threads, OSError, BlobError for a malformed blob, and VerificationError,
+    which names the entry, what was expected and what was found, for anything that does not match.
+    """
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads must be 1 or more, not {threads}")
+    for text, what in ((toc_digest, "TOC digest"), (diff_id, "DiffID")):
+        if text is not None:
+            blobs.parse_digest(text, what)
+    if diff_id is not None and toc_digest is None:
+        opened = blobs.open_source(source)
+        try:
+            if blobs.footer_of(opened) is None:
+                return _verify_plain(opened, diff_id)
+        finally:
+            opened.close()
+    with blobs.open(source, toc_digest=toc_digest) as blob:
+        return _verify_blob(blob, diff_id, threads or os.cpu_count() or 1)
+
+
+def _verify_plain(source: Source, diff_id: str) -> Report:
+    kind = detect(source.pread(4, 0))
+    stream = hashlib.sha256()
+    size = 0
+    with blobs.blob_errors():
+        for block in _blocks(InflateReader(Window(source, 0, source.size), kind, name=source.name)):
+            stream.update(block)
+            size += len(block)
+    _expect_diff_id(source.name, diff_id, "sha256:" + stream.hexdigest())
+    return Report(kind, source.size, diff_id, size)
+
+
+def _verify_blob(blob: Blob, diff_id: str | None, threads: int) -> Report:
+    if blob.kernel_source is None:
+        raise UsageError(f"{blob.name}: all of a blob is read to verify it; save it to a file first")
+    work = _plan(blob)
+    stream = _Ahead(blob)
+    with ThreadPoolExecutor(1, "estargz-scan") as pool, stream:
+        scanning = pool.submit(_scan, stream)
+        failure = check_chunks(blob.kernel_source, work.jobs, threads)
+        if failure is not None:
+            stream.cancel()
+            raise _chunk_error(blob, work, *failure)
+        with blobs.blob_errors():
+            scan = scanning.result()
+        _compare(blob, scan)
+        _finish_stream(blob, stream)
+    found = "sha256:" + stream.digest.hexdigest()
+    _expect_diff_id(blob.name, diff_id, found)
+    return Report(
+        format=blob.footer.format,
+        size=blob.size,
+        diff_id=found,
+        uncompressed_size=stream.size,
+        toc_digest=blob.toc_digest,
+        entries=len(scan.rows),
+        files=sum(entry.type == "reg" for entry in blob.entries),
+        chunks=len(work.chunks),
+        payload_size=sum(chunk.size for chunk in work.chunks),
+    )
+
+
+def _expect_diff_id(name: str, wanted: str | None, found: str) -> None:
+    if wanted is not None and wanted != found:
+        raise VerificationError(
+            f"{name}: DiffID: expected {wanted}, found {found}; the blob is not the layer that the configuration names"
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# chunks against the digests in the TOC
+
+
+class _Work(NamedTuple):
+    """Chunk jobs for the kernel, and which chunk of which file each of them is."""
+
+    jobs: NDArray[np.void]
+    chunks: list[Chunk]
+    files: list[TOCEntry]
+
+
+def _plan(blob: Blob) -> _Work:
+    chunks: list[Chunk] = []
+    files: list[TOCEntry] = []
+    flags: list[int] = []
+    for index, entry in enumerate(blob.entries):
+        if entry.type == "reg" and entry.size:
+            parts = blob.chunks_at(index)
+            whole = len(parts) == 1 and parts[0].digest == entry.digest
+            flags += [0 if whole else FILE_PART] * len(parts)
+            flags[-1] |= 0 if whole else FILE_LAST
+            chunks += parts
+            files += [entry] * len(parts)
+    jobs = np.zeros(len(chunks), _JOB)
+    if not chunks:
+        return _Work(jobs, chunks, files)
+    jobs["offset"] = [chunk.offset for chunk in chunks]
+    jobs["end"] = [chunk.end for chunk in chunks]
+    jobs["inner_offset"] = [chunk.inner_offset for chunk in chunks]
+    jobs["size"] = [chunk.size for chunk in chunks]
+    jobs["flags"] = np.array(flags, np.int64) | [CHECK_CHUNK if chunk.digest else 0 for chunk in chunks]
+    jobs["digest"] = _digests(blob, files, [chunk.digest for chunk in chunks], optional=True)
+    jobs["file_digest"] = _digests(blob, files, [file.digest for file in files])
+    return _Work(jobs, chunks, files)
+
+
+def _digests(blob: Blob, files: list[TOCEntry], texts: list[str], *, optional: bool = False) -> NDArray[np.uint8]:
+    """One row of 32 bytes per digest, zeros for none."""
+    known: dict[str, bytes] = {"": bytes(32)} if optional else {}
+    for file, text in zip(files, texts, strict=True):
+        if text not in known:
+            try:
+                known[text] = blobs.parse_digest(text)
+            except UsageError as error:
+                raise BlobError(f"{blob.name}: {file.name!r}: TOC: {error}; build the blob again") from None
+    return np.frombuffer(b"".join(known[text] for text in texts), np.uint8).reshape(-1, 32)
+
+
+def _chunk_error(blob: Blob, work: _Work, index: int, status: int, errno: int, at: int, found: bytes) -> BaseException:
+    chunk, file = work.chunks[index], work.files[index]
+    where = f"{blob.name}: {file.name!r}, chunk at {chunk.chunk_offset} (blob offset {chunk.offset})"
+    if status < 0:
+        cause = from_status(status, errno, where, at)
+        return VerificationError(str(cause)) if isinstance(cause, EstargzError) else cause
+    wanted = chunk.digest if status == MISMATCH else file.digest
+    what = "" if status == MISMATCH else "digest of the whole file: "
+    return VerificationError(f"{where}: {what}expected {wanted}, found sha256:{found.hex()}")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the stream
+
+
+def _blocks(reader: InflateReader) -> Iterator[memoryview]:
+    block = memoryview(bytearray(_BLOCK))
+    while count := reader.readinto(block):
+        yield block[:count]
+
+
+class _Ahead:
+    """The tar stream of a blob, inflated and hashed by a thread of its own some blocks ahead of who reads it."""
+
+    def __init__(self, blob: Blob) -> None:
+        self.reader = blob.open_tar()
+        self.digest = hashlib.sha256()
+        self.size = 0
+        self._pool = ThreadPoolExecutor(1, "estargz-inflate")
+        self._coming: deque[Future[memoryview]] = deque()
+        self._block = memoryview(b"")
+        self._cancelled = False
+
+    def __enter__(self) -> _Ahead:
+        for _ in range(_AHEAD):
+            self._coming.append(self._pool.submit(self._inflate))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.cancel()
+        self._pool.shutdown(cancel_futures=True)
+
+    def cancel(self) -> None:
+        """Whoever reads gets an error instead of the next block."""
+        self._cancelled = True
+
+    def add(self, data: memoryview) -> None:
+        """Count bytes that follow the tar in the inflated stream."""
+        self.digest.update(data)
+        self.size += len(data)
+
+    def readinto(self, buffer: Any) -> int:
+        target = memoryview(buffer).cast("B")
+        if not self._block:
+            if self._cancelled:
+                raise EstargzError("verification was cancelled")
+            if not self._coming:
+                return 0
+            self._block = self._coming.popleft().result()
+            if self._block:
+                self._coming.append(self._pool.submit(self._inflate))
+            else:
+                self._coming.clear()
+        count = min(len(target), len(self._block))
+        target[:count] = self._block[:count]
+        self._block = self._block[count:]
+        return count
+
+    def read(self, size: int = -1) -> bytes:
+        parts = []
+        block = bytearray(_BLOCK)
+        while size and (count := self.readinto(memoryview(block)[: size if size > 0 else _BLOCK])):
+            parts.append(bytes(block[:count]))
+            size -= count if size > 0 else 0
+        return b"".join(parts)
+
+    def _inflate(self) -> memoryview:
+        block = bytearray(_BLOCK)
+        data = memoryview(block)[: self.reader.readinto(block) or 0]
+        self.add(data)
+        return data
+
+
+def scan_tar(stream: _Ahead) -> Scan:
+    """The compiled scan; imported late because the stage is large."""
+    from . import _layer
+
+    scan: Scan = _layer.scan_tar(stream)
+    return scan
+
+
+def _scan(stream: _Ahead) -> Scan:
+    scan = scan_tar(stream)
+    if stream.readinto(bytearray(1)):
+        raise BlobError("the tar scan stopped before the end of the stream")
+    return scan
+
+
+def _finish_stream(blob: Blob, stream: _Ahead) -> None:
+    """Inflate what follows the tar: exactly the TOC's member and the footer's."""
+    end = blob.size - blob.footer.size
+    if blob.toc_end != end:
+        raise VerificationError(
+            f"{blob.name}: {end - blob.toc_end} bytes at byte {blob.toc_end}, between the TOC and the footer"
+        )
+    with blobs.blob_errors():
+        for block in _blocks(InflateReader(blob.raw(blob.toc_offset, end), "gzip", name=blob.name, strict=True)):
+            stream.add(block)
+        footer = InflateReader(blob.raw(end, blob.size), "gzip", name=f"{blob.name}: footer", strict=True)
+        if footer.read(1):
+            raise VerificationError(f"{blob.name}: the footer at byte {end} holds data")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# TOC entries against tar entries
+
+
+class _Facts(NamedTuple):
+    """What the TOC states of a tar entry and the tar must confirm."""
+
+    name: str
+    type: str
+    size: int
+    modtime: int
+    link_name: str
+    mode: int
+    uid: int
+    gid: int
+    user_name: str
+    group_name: str
+    dev_major: int
+    dev_minor: int
+    xattrs: dict[str, str]
+    digest: str
+
+
+_EMPTY_DIGEST = blobs.sha256(b"")
+
+
+def _compare(blob: Blob, scan: Scan) -> None:
+    """Both views, entry by entry, in both directions."""
+    pairs = zip_longest(_tar_facts(scan), _toc_facts(blob))
+    for index, (tar, toc) in enumerate(pairs):
+        if tar == toc:
+            continue
+        where = f"{blob.name}: entry {index}"
+        if toc is None:
+            raise VerificationError(f"{where}: {tar.name!r} is in the tar and not in the TOC")
+        if tar is None:
+            raise VerificationError(f"{where}: {toc.name!r} is in the TOC and not in the tar")
+        for field, is_, says in zip(_Facts._fields, tar, toc, strict=True):
+            if is_ != says:
+                raise VerificationError(f"{where} {tar.name!r}: {field}: the tar has {is_!r}, the TOC {says!r}")
+
+
+def _toc_facts(blob: Blob) -> Iterator[_Facts]:
+    times: dict[str, int] = {}
+    for entry, (user, group) in zip(blob.entries, owners(blob.entries), strict=True):
+        if entry.type == "chunk":
+            continue
+        if entry.modtime not in times:
+            try:
+                times[entry.modtime] = modtime_seconds(entry.modtime)
+            except ValueError as error:
+                raise VerificationError(f"{blob.name}: {entry.name!r}: modtime {error}") from None
+        digest = entry.digest or (_EMPTY_DIGEST if entry.type == "reg" and entry.size == 0 else "")
+        yield _Facts(
+            entry.name,
+            entry.type,
+            entry.size,
+            times[entry.modtime],
+            entry.link_name,
+            entry.mode,
+            entry.uid,
+            entry.gid,
+            user,
+            group,
+            entry.dev_major,
+            entry.dev_minor,
+            entry.xattrs,
+            digest,
+        )
+
+
+def _tar_facts(scan: Scan) -> Iterator[_Facts]:
+    """The rows of a scan; names are filled in as a reader of the TOC does."""
+    users: dict[int, str] = {}
+    groups: dict[int, str] = {}
+    for row in _records(scan.rows):
+        strings = _strings(scan.strings, row)
+        uid, gid, kind = row["uid"], row["gid"], _TYPES.get(row["type"], "unknown")
+        if strings.user_name:
+            users[uid] = go_text(strings.user_name)
+        if strings.group_name:
+            groups[gid] = go_text(strings.group_name)
+        device = kind in ("char", "block")
+        yield _Facts(
+            go_text(strings.name),
+            kind,
+            row["size"] if kind == "reg" else 0,
+            row["mtime_s"],
+            go_text(strings.link) if kind in ("symlink", "hardlink") else "",
+            row["mode"],
+            uid,
+            gid,
+            users.get(uid, ""),
+            groups.get(gid, ""),
+            row["dev_major"] if device else 0,
+            row["dev_minor"] if device else 0,
+            _xattrs(strings.xattrs),
+            "sha256:" + bytes(row["digest"]).hex() if row["has_digest"] else "",
+        )
+
+
+def _records(rows: NDArray[np.void]) -> Iterator[dict[str, Any]]:
+    """Rows as dictionaries of Python numbers, some thousands converted at a time."""
+    fields = rows.dtype.names or ()
+    for first in range(0, len(rows), 4096):
+        part = rows[first : first + 4096]
+        for values in zip(*(part[field].tolist() for field in fields), strict=True):
+            yield dict(zip(fields, values, strict=True))
+
+
+class _Strings(NamedTuple):
+    name: bytes
+    link: bytes
+    user_name: bytes
+    group_name: bytes
+    xattrs: bytes
+
+
+def _strings(arena: bytes, row: dict[str, Any]) -> _Strings:
+    """The strings of a row stand back to back in this order (rows.h)."""
+    at = row["strings_at"]
+    parts = []
+    for field in _Strings._fields:
+        parts.append(bytes(arena[at : at + row[f"{field}_len"]]))
+        at += row[f"{field}_len"]
+    return _Strings(*parts)
+
+
+def _xattrs(packed: bytes) -> dict[str, str]:
+    """Packed attributes (rows.h) as the TOC states them."""
+    if not packed:
+        return {}
+    found = {}
+    at = 0
+    while at < len(packed):
+        key_end = at + 8 + int.from_bytes(packed[at : at + 4], "little")
+        value_end = key_end + int.from_bytes(packed[at + 4 : at + 8], "little")
+        found[go_text(packed[at + 8 : key_end])] = b64encode(packed[key_end:value_end]).decode()
+        at = value_end
+    return found
