@@ -23,12 +23,13 @@ PACKAGES = {
 # compiled stage -> (libraries, C sources beside it)
 STAGES: dict[str, tuple[list[str], list[str]]] = {
     "_memory": ([], []),
+    "_sha256": (["libcrypto"], ["sha256.c"]),
     "_files": ([], []),
     "_tar": ([], []),
     "_walk": ([], []),
-    "_layer": (["libcrypto"], ["sha256.c"]),
+    "_layer": (["libcrypto"], []),
     "_toc": ([], []),
-    "_pipeline": (["libisal", "libcrypto"], ["sha256.c"]),
+    "_pipeline": (["libisal", "libcrypto"], []),
     "_codec": (["libisal", "libdeflate"], []),
     "_inflate": (["libisal", "libzstd", "libcrypto"], []),
 }

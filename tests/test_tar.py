@@ -1,7 +1,8 @@
-"""Tar headers: the emitter against Go's bytes, a plain reference and tarfile; the parser against tars of every making."""
+"""Tar headers: the emitter against Go's bytes, a reference and tarfile; the parser against tars of every making."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -13,8 +14,6 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from estargz._tar import Entry, emit, pack, parse
-from estargz.errors import SourceError, TarError
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from reference.tar_headers import (
@@ -27,14 +26,15 @@ from reference.tar_headers import (
     padded,
     pax,
     plain_header,
-    raw_header,
     record,
     seal,
 )
 
+from estargz._tar import Entry, emit, pack, parse
+from estargz.errors import SourceError, TarError
+
 END = bytes(1024)
 MIB = 1 << 20
-CAPABILITY = {b"security.capability": bytes.fromhex("0100000200200000000000000000000000000000")}
 FRAGMENTS = {
     "checksum": "bad header checksum",
     "number": "bad number",
@@ -716,7 +716,7 @@ def test_errors_name_the_entry_and_the_byte():
     assert refuses(plain_header(b"\xff", type=b"7"), "type").startswith("\\xff: ")
 
 
-# ------------------------------------------------------------------------------------------------- parser: damaged input
+# ------------------------------------------------------------------------------------------------ parser: damaged input
 
 WELL_FORMED = [
     python_tar(tarfile.USTAR_FORMAT),
@@ -757,7 +757,5 @@ def test_random_extended_headers(payload, type):
 @settings(max_examples=300, deadline=None, print_blob=True)
 @given(st.binary(min_size=0, max_size=512))
 def test_random_blocks_with_a_good_checksum(noise):
-    try:
+    with contextlib.suppress(TarError):
         parse(seal(noise.ljust(512, b"\0")))
-    except TarError:
-        pass

@@ -27,8 +27,7 @@ from estargz._rows cimport (
 )
 from estargz._sha256 cimport sha256_finish, sha256_job, sha256_run, sha256_start, sha256_stream
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 
 from estargz.errors import SourceError, from_status
 
@@ -426,7 +425,7 @@ cdef class InflateReader:
         self.pull = getattr(raw, "readinto", None)
         self.read_raw = None if self.pull is not None else raw.read
         self.name = name
-        self.lock = threading.Lock()
+        self.lock = Lock()
         self.storage = bytearray(HISTORY + INPUT_BLOCK)
         self.window = memoryview(self.storage)
         cdef int status = decoder_open(&self.d, _KINDS[kind])
@@ -814,6 +813,8 @@ def check_chunks(source, jobs, int threads=1):
         raise ValueError("jobs must be a contiguous array of dtype JOB_FIELDS")
     if threads < 1:
         raise ValueError("threads must be 1 or more")
+    from concurrent.futures import ThreadPoolExecutor  # takes 10 ms, and most commands check no chunks
+
     cdef _Source held = _Source(source)
     slices = list(_slices(jobs, threads))
     if threads == 1 or len(slices) < 2:

@@ -45,6 +45,8 @@ cdef class LayerBuilder:
     cdef int64_t payload_left
     cdef int64_t chunk_offset
     cdef int zero_blocks
+    cdef bint stops_at_toc
+    cdef readonly bint toc_seen
     cdef int64_t input_offset       # bytes of input taken, up to `target`
 
     # Each answers EST_OK or a code; the failure is then kept and raised by finish or raise_failure.
@@ -67,6 +69,7 @@ cdef class LayerBuilder:
     cdef int expect(self, int what, size_t size) noexcept nogil
     cdef int expect_chunk(self) noexcept nogil
     cdef int take_block(self) noexcept nogil
+    cdef int take_toc(self) noexcept nogil
     cdef int input_failed(self, int code) noexcept nogil
 
     cdef int write_toc(self) noexcept nogil

@@ -27,7 +27,7 @@ from estargz._rows cimport (
 )
 from estargz._sha256 cimport sha256_job, sha256_run
 from estargz._tar cimport (
-    TAR_ENTRY, TAR_META, tar_emit, tar_emit_bound, tar_parse_block, tar_parse_meta, tar_parser_free, tar_parser_init,
+    TAR_ENTRY, TAR_META, TAR_ZERO, tar_emit, tar_emit_bound, tar_parse_block, tar_parse_meta, tar_parser_free, tar_parser_init,
 )
 from estargz._toc cimport toc_close, toc_entry, toc_open, toc_row_from_entry
 
@@ -89,12 +89,12 @@ cdef class LayerBuilder:
     """Builds one layer from entries or from a tar stream.
 
     compression: "estargz", "gzip", "uncompressed" or "none" (digests only); level 0..12; chunk_size and min_chunk_size in
-    bytes, for eStargz; threads >= 1; memory: bytes that batches may take; producer_helps: see Pipeline; write, progress:
-    see Pipeline. UsageError when the options cannot be honoured together.
+    bytes, for eStargz; threads >= 1; memory: bytes that batches may take; producer_helps, write, output, progress: see
+    Pipeline. UsageError when the options cannot be honoured together.
     """
 
     def __cinit__(self, *, str compression, int level, int64_t chunk_size, int64_t min_chunk_size, int threads,
-                  int64_t memory, bint producer_helps, write=None, progress=None):
+                  int64_t memory, bint producer_helps, write=None, str output="output", progress=None):
         cdef size_t capacity
         cdef int64_t slot_size, slots
         self.indexed = compression == "estargz"
@@ -113,7 +113,7 @@ cdef class LayerBuilder:
                 f"give at least {2 * slot_size} bytes, or smaller chunks"
             )
         self.pipeline = Pipeline(CODECS[compression], level, capacity, min(slots, 4 * threads + 4), threads,
-                                 producer_helps, self.keep_rows, write, progress)
+                                 producer_helps, self.keep_rows, write, output, progress)
         if tar_parser_init(&self.parser) != EST_OK:
             raise MemoryError
         self.parser_ready = True
@@ -347,6 +347,13 @@ cdef class LayerBuilder:
         if code:
             self.raise_failure()
 
+    def stop_at_toc(self):
+        """Takes a table of contents in the input for its end: the input may be an eStargz blob's inflated bytes.
+
+        Whether it really is one only its footer tells; the caller looks at that, if `toc_seen` says so.
+        """
+        self.stops_at_toc = True
+
     def feed_fd(self, int fd):
         """Takes a tar stream from a file descriptor until its end, straight into the batches."""
         cdef int code = EST_OK
@@ -369,6 +376,8 @@ cdef class LayerBuilder:
     def end_feed(self):
         """The tar stream's end: TarError if it is truncated."""
         cdef int code = EST_OK
+        if self.toc_seen:
+            return
         with nogil:
             if self.target == NULL:
                 code = self.input_failed(EST_TAR_TRUNCATED)
@@ -393,7 +402,7 @@ cdef class LayerBuilder:
             code = self.expect(EXPECT_BLOCK, BLOCK)
             if code:
                 return code
-        while size:
+        while size and not self.toc_seen:
             part = min(size, self.target_size - self.target_filled)
             memcpy(self.target + self.target_filled, data, part)
             self.target_filled += part
@@ -445,16 +454,27 @@ cdef class LayerBuilder:
             if padding:
                 return self.expect(EXPECT_PADDING, padding)
         elif self.expecting == EXPECT_TRAILER:
+            if self.stops_at_toc and memcmp(self.target, b"stargz.index.json", 18) == 0:
+                return self.take_toc()
             return self.expect(EXPECT_TRAILER, BLOCK)
         return self.expect(EXPECT_BLOCK, BLOCK)
+
+    cdef int take_toc(self) noexcept nogil:
+        """The block at hand begins the input's own table of contents: neither belongs to the tar it was made from."""
+        self.toc_seen = True
+        self.current.raw_size -= BLOCK
+        self.run -= BLOCK
+        return EST_OK
 
     cdef int take_block(self) noexcept nogil:
         cdef int found = tar_parse_block(&self.parser, self.target)
         cdef int code
+        if self.stops_at_toc and found == TAR_ENTRY and is_toc_name(self.parser.entry.name, self.parser.entry.name_len):
+            return self.take_toc()
+        if self.zero_blocks and found != TAR_ZERO:
+            return self.input_failed(EST_TAR_LONE_ZERO)
         if found < 0:
             return self.input_failed(found)
-        if self.zero_blocks and (found == TAR_ENTRY or found == TAR_META):
-            return self.input_failed(EST_TAR_LONE_ZERO)
         self.input_offset += BLOCK
         if found == TAR_META:
             if self.parser.meta_size == 0:
@@ -543,7 +563,7 @@ cdef class LayerBuilder:
         if not code:
             code = write_footer(self)
             if code:
-                self.set_failure(code, errno, self.pipeline.blob_size, b"output", 6)
+                self.pipeline.describe_sink_failure(code, &self.failure)
         return code
 
     cdef int append_piece(self, const uint8_t *data, size_t size, bint digested) noexcept nogil:

@@ -116,13 +116,13 @@ cdef class Pipeline:
     cdef int sink_fd                     # -1: none
     cdef object sink_write               # or a callable
     cdef object sink_error
+    cdef bytes output
 
     cdef sha256_stream tar_hash, blob_hash, file_hash, piece_hash
     cdef uint32_t piece_crc
     cdef int64_t piece_raw_size
     cdef readonly int64_t piece_offset   # blob offset of the first piece
     cdef int64_t tar_size, blob_size
-    cdef int64_t open_row                # the file of several chunks that is passing, or -1
     cdef toc_table table
 
     cdef batch *acquire(self) noexcept nogil
@@ -141,6 +141,7 @@ cdef class Pipeline:
     cdef void hash_in_order(self, batch *b) noexcept nogil
     cdef int record(self, batch *b) noexcept nogil
     cdef int finish_pieces(self, batch *b) noexcept nogil
+    cdef void describe_sink_failure(self, int code, est_failure *failure) noexcept nogil
     cdef int write_fd(self, const uint8_t *data, size_t size) noexcept nogil
     cdef int write_object(self, const uint8_t *data, size_t size) noexcept with gil
     cdef int start_threads(self) noexcept with gil

@@ -79,12 +79,12 @@ cdef class Pipeline:
 
     Parameters: codec and level as in _codec; raw_capacity bytes of the stream per batch; slot_count batches in all;
     threads >= 1; producer_helps: the producing thread is one of them; keep_rows: digest chunks and keep the table of
-    contents; write: None, a file descriptor, or a callable that takes bytes; progress: None or a callable that is given
+    contents; write: None, a file descriptor, or a callable that takes bytes; output: its name for messages; progress: None or a callable that is given
     the uncompressed bytes written so far, about ten times a second, in the producing thread.
     """
 
     def __cinit__(self, int codec, int level, size_t raw_capacity, int64_t slot_count, int threads,
-                  bint producer_helps, bint keep_rows, write, progress):
+                  bint producer_helps, bint keep_rows, write, str output, progress):
         cdef int64_t i
         self.codec = codec
         self.level = level
@@ -100,7 +100,7 @@ cdef class Pipeline:
         self.progress_due_ns = monotonic_ns() + LISTEN_EVERY_NS
         self.sink_fd = write if isinstance(write, int) else -1
         self.sink_write = None if isinstance(write, int) else write
-        self.open_row = -1
+        self.output = output.encode("utf-8", "surrogateescape")
         self.failed_batch = -1
         sha256_start(&self.tar_hash)
         sha256_start(&self.blob_hash)
@@ -174,7 +174,7 @@ cdef class Pipeline:
         self.ring[b.number % self.slot_count] = b
         self.produced += 1
         # A layer of one batch needs no other thread.
-        start = self.produced == 2 or (self.produced == 1 and not self.producer_helps)
+        start = self.produced == (2 if self.producer_helps else 1)
         pthread_cond_signal(&self.work_or_end)
         pthread_mutex_unlock(&self.lock)
         if start and self.start_threads() != EST_OK:
@@ -426,7 +426,7 @@ cdef class Pipeline:
         elif self.codec == CODEC_COPY:
             code = self.write_out(b.raw, b.raw_size)
         if code:
-            set_failure(&b.failure, code, errno if code == EST_WRITE else 0, self.blob_size, "output", 6)
+            self.describe_sink_failure(code, &b.failure)
             return code
         self.tar_size += b.raw_size
         return EST_OK
@@ -482,6 +482,12 @@ cdef class Pipeline:
             if code:
                 return code
         return EST_OK
+
+    cdef void describe_sink_failure(self, int code, est_failure *failure) noexcept nogil:
+        cdef int sys_errno = errno
+        with gil:
+            set_failure(failure, code, sys_errno if code == EST_WRITE else 0, self.blob_size, <char *>self.output,
+                        len(self.output))
 
     cdef int write_out(self, const uint8_t *data, size_t size) noexcept nogil:
         cdef int code = EST_OK

@@ -38,9 +38,11 @@ cdef extern from "rows.h" nogil:
         int64_t strings_at
         uint32_t name_len
         uint32_t link_len
+        uint32_t user_name_len
+        uint32_t group_name_len
         uint32_t xattrs_len
-        uint16_t user_name_len
-        uint16_t group_name_len
+        uint32_t chunk_count
+        int64_t first_chunk
         int64_t mode
         int64_t uid
         int64_t gid
@@ -48,14 +50,12 @@ cdef extern from "rows.h" nogil:
         int64_t mtime_s
         int64_t offset
         int64_t inner_offset
-        int64_t first_chunk
-        uint32_t chunk_count
+        int64_t dev_major
+        int64_t dev_minor
+        uint8_t digest[32]
         uint8_t type
         uint8_t has_digest
-        uint16_t has_mtime
-        uint32_t dev_major
-        uint32_t dev_minor
-        uint8_t digest[32]
+        uint8_t has_mtime
 
     ctypedef struct chunk_row:
         int64_t offset

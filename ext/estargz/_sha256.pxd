@@ -1,4 +1,4 @@
-# Declarations of sha256.h.
+# SHA-256 of several independent streams at once; sha256.h has the contract.
 from libc.stdint cimport uint8_t
 
 cdef extern from "sha256.h" nogil:
@@ -8,7 +8,7 @@ cdef extern from "sha256.h" nogil:
         sha256_stream *stream
         const uint8_t *data
         size_t size
-    void sha256_start(sha256_stream *stream)
-    void sha256_run(sha256_job *jobs, size_t count)
-    void sha256_finish(sha256_stream *stream, uint8_t *digest)
-    int sha256_lanes()
+
+cdef void sha256_start(sha256_stream *stream) noexcept nogil
+cdef void sha256_run(sha256_job *jobs, size_t count) noexcept nogil
+cdef void sha256_finish(sha256_stream *stream, uint8_t *digest) noexcept nogil

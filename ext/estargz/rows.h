@@ -29,15 +29,17 @@ typedef struct {
     int64_t dev_minor;
 } tar_entry;
 
-/* One entry of the table of contents; 136 bytes, followed in the layer's string arena by its strings.
+/* One entry of the table of contents; 152 bytes, followed in the layer's string arena by its strings.
  * strings_at points at name, link, user name, group name, packed xattrs, back to back. */
 typedef struct {
     int64_t strings_at;
     uint32_t name_len;
     uint32_t link_len;
+    uint32_t user_name_len;   /* 0 when the name is the last one given for its id: the table does not repeat it */
+    uint32_t group_name_len;
     uint32_t xattrs_len;
-    uint16_t user_name_len;
-    uint16_t group_name_len;
+    uint32_t chunk_count;     /* 0 no payload, 1 the whole file is one chunk (digest serves both), else rows in the table */
+    int64_t first_chunk;      /* index of the first row in the chunk table; meaningful when chunk_count > 1 */
     int64_t mode;
     int64_t uid;
     int64_t gid;
@@ -45,14 +47,13 @@ typedef struct {
     int64_t mtime_s;          /* rounded to the nearest second, halves up; meaningful when has_mtime */
     int64_t offset;           /* of the member holding the first payload byte; 0 without payload */
     int64_t inner_offset;     /* uncompressed bytes of that member before the payload; 0 = omit */
-    int64_t first_chunk;      /* index of the first row in the chunk table; meaningful when chunk_count > 1 */
-    uint32_t chunk_count;     /* 0 no payload, 1 the whole file is one chunk (digest serves both), else rows in the table */
+    int64_t dev_major;
+    int64_t dev_minor;
+    uint8_t digest[32];       /* SHA-256 of the whole payload */
     uint8_t type;
     uint8_t has_digest;
-    uint16_t has_mtime;       /* 0: the table omits the time, as it does for 1970-01-01T00:00:00 */
-    uint32_t dev_major;
-    uint32_t dev_minor;
-    uint8_t digest[32];       /* SHA-256 of the whole payload */
+    uint8_t has_mtime;        /* 0: the table omits the time, as it does for 1970-01-01T00:00:00 */
+    uint8_t reserved[5];
 } toc_row;
 
 /* One chunk of a file that has more than one. */

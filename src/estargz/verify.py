@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ from . import blob as blobs
 from ._inflate import CHECK_CHUNK, FILE_LAST, FILE_PART, JOB_FIELDS, MISMATCH, InflateReader, check_chunks, detect
 from .blob import Blob, Chunk, Readable, Source, Window
 from .errors import BlobError, EstargzError, UsageError, VerificationError, from_status
+from .scan import Scan, scan_tar
 from .toc import TOCEntry, go_text, modtime_seconds, owners
 
 __all__ = ["Report", "verify"]
@@ -60,14 +61,6 @@ class Report:
     files: int = 0
     chunks: int = 0
     payload_size: int = 0
-
-
-class Scan(Protocol):
-    """What a tar scan gives; see scan_tar in ext/estargz/_layer.pyx."""
-
-    rows: NDArray[np.void]
-    strings: bytes
-    size: int
 
 
 def verify(
@@ -254,30 +247,21 @@ class _Ahead:
         self.digest.update(data)
         self.size += len(data)
 
-    def readinto(self, buffer: Any) -> int:
-        target = memoryview(buffer).cast("B")
+    def read(self, size: int) -> bytes:
+        """At most ``size`` bytes, as many as are at hand; empty at the end."""
         if not self._block:
             if self._cancelled:
                 raise EstargzError("verification was cancelled")
             if not self._coming:
-                return 0
+                return b""
             self._block = self._coming.popleft().result()
             if self._block:
                 self._coming.append(self._pool.submit(self._inflate))
             else:
                 self._coming.clear()
-        count = min(len(target), len(self._block))
-        target[:count] = self._block[:count]
-        self._block = self._block[count:]
-        return count
-
-    def read(self, size: int = -1) -> bytes:
-        parts = []
-        block = bytearray(_BLOCK)
-        while size and (count := self.readinto(memoryview(block)[: size if size > 0 else _BLOCK])):
-            parts.append(bytes(block[:count]))
-            size -= count if size > 0 else 0
-        return b"".join(parts)
+        part = bytes(self._block[:size])
+        self._block = self._block[size:]
+        return part
 
     def _inflate(self) -> memoryview:
         block = bytearray(_BLOCK)
@@ -286,17 +270,9 @@ class _Ahead:
         return data
 
 
-def scan_tar(stream: _Ahead) -> Scan:
-    """The compiled scan; imported late because the stage is large."""
-    from . import _layer
-
-    scan: Scan = _layer.scan_tar(stream)
-    return scan
-
-
 def _scan(stream: _Ahead) -> Scan:
     scan = scan_tar(stream)
-    if stream.readinto(bytearray(1)):
+    if stream.read(1):
         raise BlobError("the tar scan stopped before the end of the stream")
     return scan
 
@@ -403,7 +379,7 @@ def _tar_facts(scan: Scan) -> Iterator[_Facts]:
             go_text(strings.name),
             kind,
             row["size"] if kind == "reg" else 0,
-            row["mtime_s"],
+            row["mtime_s"] if row["has_mtime"] else 0,
             go_text(strings.link) if kind in ("symlink", "hardlink") else "",
             row["mode"],
             uid,

@@ -1,0 +1,81 @@
+"""One source becomes one layer: the one place that knows the order of a build."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from estargz._layer import LayerBuilder
+from estargz.layer import Layer
+from estargz.options import DEFAULT_CHUNK_SIZE, DEFAULT_LEVEL, Options, Progress
+from estargz.sink import Destination, open_sink
+from estargz.source import PathLike, Readable, TarSource, open_source, opened
+from estargz.writer import finish_layer
+
+__all__ = ["build"]
+
+
+def build(
+    source: PathLike | Readable,
+    dest: Destination,
+    *,
+    lower: PathLike | None = None,
+    overlay_lower: Sequence[PathLike] | None = None,
+    compression: str = "estargz",
+    level: int = DEFAULT_LEVEL,
+    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    min_chunk_size: int = 0,
+    threads: int | None = None,
+    memory: int | None = None,
+    landmark: bool = True,
+    source_date_epoch: int | None = None,
+    progress: Progress | None = None,
+) -> Layer:
+    """Builds a layer in one pass and returns its sizes, digests and descriptor.
+
+    Args:
+        source: a directory, the path of a tar file (plain, gzip, zstd, or an eStargz blob), or an object with ``read``.
+        dest: a path, which appears only when everything has succeeded, or an object with ``write(bytes)``.
+        lower: the directory that a source directory is compared with; the layer then holds the changes only.
+        overlay_lower: the lower directories of an overlayfs, topmost first, when the source is its upperdir.
+        compression: ``estargz``, ``gzip`` or ``uncompressed``.
+        level: 0..3 ISA-L's, 4..12 libdeflate's; higher is smaller and slower.
+        chunk_size: bytes of a file per member, 1..2**30.
+        min_chunk_size: bytes that a member holds before a chunk begins another, 0..2**30. Layers made with it need
+            readers that know inner offsets; containers/storage does not.
+        threads: 1..1024, None for the CPUs this process may use. Never changes the bytes.
+        memory: bytes that data under way may take, None for a default by threads. Never changes the bytes.
+        landmark: begin an eStargz layer made of directories with ``.no.prefetch.landmark``, as the format demands.
+        source_date_epoch: upper bound in seconds of the modification times of a directory's entries.
+        progress: is given the uncompressed bytes done, about ten times a second.
+
+    Raises:
+        UsageError: options that cannot be honoured, alone or together.
+        SourceError, ChangedError, TarError: the source cannot become a layer; names the file or entry.
+        SinkError: the destination cannot be written. What an object's own ``write`` raises is raised as it is.
+    """
+    options = Options(
+        compression=compression,
+        level=level,
+        chunk_size=chunk_size,
+        min_chunk_size=min_chunk_size,
+        threads=threads,
+        memory=memory,
+        progress=progress,
+    )
+    landmark = landmark and compression == "estargz"
+    with (
+        opened(
+            open_source(source, lower=lower, overlay_lower=overlay_lower, epoch=source_date_epoch, landmark=landmark)
+        ) as stream,
+        open_sink(dest) as sink,
+    ):
+        # Inflating or waiting for a pipe keeps the caller's thread busy; walking a tree does not.
+        builder = LayerBuilder(
+            **options.kernel_arguments(), producer_helps=not isinstance(stream, TarSource), write=sink.target, output=sink.name
+        )
+        try:
+            stream.fill(builder)
+            return finish_layer(builder, options)
+        except BaseException:
+            builder.cancel()
+            raise

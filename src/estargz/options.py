@@ -1,0 +1,135 @@
+"""Options that every way of building shares: their defaults, limits, and the machine's share of threads."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from estargz.errors import UsageError
+from estargz.layer import MEDIA_TYPES
+
+__all__ = ["DEFAULT_CHUNK_SIZE", "DEFAULT_LEVEL", "MAX_LEVEL", "Options", "Progress", "parse_size", "usable_threads"]
+
+Progress = Callable[[int], Any]
+"""Is given the uncompressed bytes done so far, about ten times a second, in the thread that builds."""
+
+MAX_LEVEL = 12
+DEFAULT_LEVEL = 2
+"""The best ratio of those ISA-L levels that cost no more than level 1 (bench/bench_member.py)."""
+
+DEFAULT_CHUNK_SIZE = 4 << 20
+"""4 MiB: what the eStargz libraries use, so that readers' caches fit."""
+
+MAX_CHUNK_SIZE = 1 << 30
+MAX_THREADS = 1024
+
+_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_SIZE = re.compile(r"\s*(\d+)\s*([kmgt]?)(?:ib|b)?\s*", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Bytes meant by ``text``: a whole number with an optional suffix K, M, G, T or KiB, MiB, ... (powers of 1024).
+
+    Raises:
+        UsageError: it is no such number.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise UsageError(f"{text!r} is no size: give bytes, or a number with KiB, MiB or GiB")
+    return int(match[1]) * _UNITS[match[2].lower()]
+
+
+def _cgroup_folders() -> list[Path]:
+    """The cgroup folders that bound this process's CPU time, innermost first; none outside Linux or without /sys."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    folders: list[Path] = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        root = Path("/sys/fs/cgroup") / ("cpu" if controllers else "")
+        inner = root / path.lstrip("/")
+        folders += [folder for folder in (inner, *inner.parents) if folder.is_relative_to(root)]
+    return folders
+
+
+def _quota(folder: Path) -> float:
+    """CPUs that a cgroup may use; infinite when it says nothing."""
+    try:
+        if (folder / "cpu.max").exists():
+            quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            quota = (folder / "cpu.cfs_quota_us").read_text().strip()
+            period = (folder / "cpu.cfs_period_us").read_text().strip()
+        return int(quota) / int(period) if int(quota) > 0 else math.inf
+    except (OSError, ValueError):
+        return math.inf
+
+
+def usable_threads() -> int:
+    """Threads worth starting: the CPUs this process may run on, or its cgroup's quota, whichever is less; at least 1."""
+    cpus: float = len(os.sched_getaffinity(0))
+    for folder in _cgroup_folders():
+        cpus = min(cpus, _quota(folder))
+    return max(1, math.ceil(cpus))
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a layer is written. Everything but ``threads``, ``memory`` and ``progress`` shapes its bytes.
+
+    Raises:
+        UsageError: a value is out of its range.
+    """
+
+    compression: str = "estargz"
+    """``estargz``, ``gzip`` or ``uncompressed``."""
+    level: int = DEFAULT_LEVEL
+    """0..3: ISA-L's levels; 4..12: libdeflate's. Higher is smaller and slower."""
+    chunk_size: int = DEFAULT_CHUNK_SIZE
+    """Bytes of a file's payload per member, 1..2**30; eStargz only."""
+    min_chunk_size: int = 0
+    """Uncompressed bytes that a member holds before a chunk begins another, 0..2**30; 0: every chunk begins one."""
+    threads: int | None = None
+    """1..1024; None: ``usable_threads()``."""
+    memory: int | None = None
+    """Bytes that batches under way may take; None: 32 MiB and 32 MiB for each thread, more for large chunks."""
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        if self.compression not in MEDIA_TYPES:
+            raise UsageError(f"unknown compression {self.compression!r}: choose {', '.join(MEDIA_TYPES)}")
+        self._check("level", self.level, 0, MAX_LEVEL)
+        self._check("chunk_size", self.chunk_size, 1, MAX_CHUNK_SIZE)
+        self._check("min_chunk_size", self.min_chunk_size, 0, MAX_CHUNK_SIZE)
+        if self.threads is not None:
+            self._check("threads", self.threads, 1, MAX_THREADS)
+        if self.memory is not None:
+            self._check("memory", self.memory, 1, 1 << 50)
+
+    @staticmethod
+    def _check(name: str, value: int, least: int, most: int) -> None:
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise UsageError(f"{name} must be a whole number from {least} to {most}, not {value!r}")
+
+    def kernel_arguments(self) -> dict[str, Any]:
+        """The keyword arguments of the builder kernel."""
+        threads = self.threads or usable_threads()
+        slot = 2 * (self.chunk_size + self.min_chunk_size + (4 << 20))
+        return {
+            "compression": self.compression,
+            "level": self.level,
+            "chunk_size": self.chunk_size,
+            "min_chunk_size": self.min_chunk_size,
+            "threads": threads,
+            "memory": self.memory or max((32 << 20) * (threads + 1), slot * (threads + 1)),
+            "progress": self.progress,
+        }

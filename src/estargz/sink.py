@@ -1,0 +1,194 @@
+"""Where bytes go: a path that appears whole or not at all, or any object with ``write``."""
+
+from __future__ import annotations
+
+import io
+import os
+import secrets
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from estargz.errors import SinkError, UsageError
+
+__all__ = ["ObjectSink", "PathSink", "Writable", "open_sink"]
+
+
+class Writable(Protocol):
+    """An object that takes bytes: a file, a socket's file, an upload. Nothing seeks in it; it is never closed."""
+
+    def write(self, data: bytes, /) -> Any: ...
+
+
+Destination = str | os.PathLike[str] | Writable
+
+
+class PathSink:
+    """A file that is written without a name (or, where the file system cannot, under a temporary one beside it), synced,
+    and given its name by ``commit``. Until then, and after ``discard``, nothing is to be seen of it; a process that is
+    killed leaves nothing either.
+
+    An existing path that is no regular file, such as a device or a named pipe, is written to as it is.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(os.path.realpath(path))
+        self._temporary: Path | None = None
+        self._in_place = False
+        try:
+            self.fd = self._open()
+        except OSError as error:
+            raise self._error(error) from error
+
+    def _error(self, error: OSError) -> SinkError:
+        wrapped = SinkError(f"{self.path}: cannot be written: {error.strerror}; free some space or check the destination")
+        wrapped.errno = error.errno
+        return wrapped
+
+    def _open(self) -> int:
+        try:
+            mode = os.stat(self.path).st_mode
+        except FileNotFoundError:
+            mode = stat.S_IFREG
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(21, os.strerror(21))
+        if not stat.S_ISREG(mode):
+            self._in_place = True
+            return os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            return os.open(self.path.parent, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+        except OSError:
+            # Not every file system has nameless files; if the folder is what is wrong, this says so.
+            self._temporary = self._temporary_path()
+            return os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+    def _temporary_path(self) -> Path:
+        return self.path.with_name(f".{self.path.name[:200]}.{secrets.token_hex(8)}.tmp")
+
+    def write(self, data: bytes) -> int:
+        """Writes all of ``data``. Raises SinkError."""
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[os.write(self.fd, view) :]
+        except OSError as error:
+            raise self._error(error) from error
+        return len(data)
+
+    def commit(self) -> None:
+        """Makes the file durable and gives it its name. Raises SinkError, having discarded it."""
+        try:
+            if not self._in_place:
+                os.fsync(self.fd)
+                if self._temporary is None:
+                    self._give_name(self._temporary_path())
+                os.replace(self._temporary, self.path)
+                self._temporary = None
+                self._sync_folder()
+            os.close(self.fd)
+        except OSError as error:
+            self.discard()
+            raise self._error(error) from error
+
+    def _give_name(self, temporary: Path) -> None:
+        # Naming a nameless file means following /proc's link, which os.link does only when it is given a handle.
+        folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.link(f"/proc/self/fd/{self.fd}", temporary.name, src_dir_fd=folder, dst_dir_fd=folder)
+        finally:
+            os.close(folder)
+        self._temporary = temporary
+
+    def _sync_folder(self) -> None:
+        folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    def discard(self) -> None:
+        """Leaves nothing behind."""
+        try:
+            os.close(self.fd)
+        except OSError:
+            pass
+        if self._temporary is not None:
+            self._temporary.unlink(missing_ok=True)
+            self._temporary = None
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return os.fspath(self.path)
+
+    @property
+    def target(self) -> int:
+        """What the kernels write to: the descriptor itself, without Python in between."""
+        return self.fd
+
+    def __enter__(self) -> PathSink:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.commit()
+        else:
+            self.discard()
+
+
+class ObjectSink:
+    """Somebody's object with ``write``; it is neither flushed nor closed."""
+
+    def __init__(self, writable: Writable) -> None:
+        self._write = writable.write
+
+    def write(self, data: bytes) -> int:
+        """Writes all of ``data``, also to a raw object that takes less at a time."""
+        written = self._write(data)
+        total = len(data)
+        while isinstance(written, int) and written < len(data):
+            data = data[written:]
+            written = self._write(data)
+            if written == 0 and data:
+                raise SinkError("the destination's write() took nothing; it must take all or block")
+        return total
+
+    def commit(self) -> None:
+        """Nothing to do: the object is its owner's."""
+
+    def discard(self) -> None:
+        """Nothing to do: what was written is its owner's to drop."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return "output"
+
+    @property
+    def target(self) -> Callable[[bytes], int]:
+        """What the kernels call."""
+        return self.write
+
+    def __enter__(self) -> ObjectSink:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+def open_sink(dest: Destination) -> PathSink | ObjectSink:
+    """The sink for a destination: a path, or any object with ``write(bytes)``.
+
+    Raises:
+        UsageError: ``dest`` is neither.
+        SinkError: the path cannot be written.
+    """
+    if isinstance(dest, str | os.PathLike):
+        return PathSink(dest)
+    if isinstance(dest, io.TextIOBase) or not callable(getattr(dest, "write", None)):
+        raise UsageError(f"a destination is a path or an object whose write() takes bytes, not {type(dest).__name__}")
+    return ObjectSink(dest)

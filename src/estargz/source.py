@@ -1,0 +1,230 @@
+"""Where a layer comes from: trees of directories, or a tar stream, compressed or not, or an eStargz blob."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
+
+from estargz import _walk
+from estargz._inflate import InflateReader, detect
+from estargz._layer import LayerBuilder
+from estargz.errors import SourceError, UsageError
+
+__all__ = ["Readable", "Source", "TarSource", "TreeSource", "open_source"]
+
+PIECE_SIZE = 1 << 20
+NO_PREFETCH_LANDMARK = b".no.prefetch.landmark"
+LANDMARK_PAYLOAD = b"\x0f"
+
+
+class Readable(Protocol):
+    """An object that gives bytes: a file, a pipe, a response."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+
+PathLike = str | os.PathLike[str]
+
+
+class Source(Protocol):
+    """What fills a builder."""
+
+    def fill(self, builder: LayerBuilder) -> None:
+        """Hands everything to the builder. Raises SourceError."""
+
+    def close(self) -> None:
+        """Frees what the builder's workers read from; call it when the builder is finished."""
+
+
+class TreeSource:
+    """The changeset of a tree over lower trees, as containerd's walking differ sees it, or, with ``overlay``, of an
+    overlayfs upperdir over its lower directories (topmost first), as BuildKit's overlay differ does.
+
+    ``epoch``: upper bound of modification times in seconds. ``landmark``: write ``.no.prefetch.landmark`` first.
+    """
+
+    def __init__(
+        self, upper: PathLike, lowers: Sequence[PathLike], *, overlay: bool, epoch: int | None, landmark: bool
+    ) -> None:
+        self._overlay = overlay
+        self._epoch = epoch
+        self._landmark = landmark
+        with ExitStack() as opened:
+            self._upper = open_directory(upper, opened)
+            self._lowers = [open_directory(lower, opened) for lower in lowers]
+            self._handles = opened.pop_all()
+
+    def fill(self, builder: LayerBuilder) -> None:
+        if self._landmark:
+            builder.add_small_file(NO_PREFETCH_LANDMARK, LANDMARK_PAYLOAD)
+        walk = _walk.TreeWalk(
+            builder,
+            self._upper,
+            self._lowers,
+            overlay=self._overlay,
+            epoch=self._epoch,
+            landmarks_reserved=self._landmark,
+        )
+        walk.run()
+
+    def close(self) -> None:
+        self._handles.close()
+
+
+def open_directory(path: PathLike, opened: ExitStack) -> int:
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise SourceError(
+            f"{os.fspath(path)}: cannot be opened: {error.strerror}; check that the directory exists and is readable"
+        ) from error
+    opened.callback(os.close, handle)
+    return handle
+
+
+class TarSource:
+    """A tar stream: plain, gzip or zstd, told apart by content. An eStargz blob gives the tar it was made from.
+
+    ``owned``: the object is closed with the source.
+    """
+
+    def __init__(self, readable: Readable, name: str, *, owned: bool) -> None:
+        self._readable = readable
+        self._name = name
+        self._owned = owned
+
+    def fill(self, builder: LayerBuilder) -> None:
+        prefix = read_prefix(self._readable)
+        kind = detect(prefix)
+        descriptor = raw_descriptor(self._readable)
+        if kind == "plain" and descriptor is not None:
+            builder.feed(prefix)
+            builder.feed_fd(descriptor)
+        elif kind == "plain":
+            feed_pieces(builder, prefix, self._readable)
+        else:
+            feed_compressed(builder, prefix, self._readable, kind, self._name)
+        builder.end_feed()
+
+    def close(self) -> None:
+        if self._owned:
+            close = getattr(self._readable, "close", None)
+            if close is not None:
+                close()
+
+
+def read_prefix(readable: Readable) -> bytes:
+    """Enough bytes to tell the type by: fewer only at the end of the stream."""
+    prefix = b""
+    while len(prefix) < 4:
+        piece = readable.read(4 - len(prefix))
+        if not piece:
+            break
+        prefix += piece
+    return prefix
+
+
+def raw_descriptor(readable: Readable) -> int | None:
+    """The descriptor of an unbuffered file, from which a kernel can read on; None for every other object."""
+    return readable.fileno() if isinstance(readable, io.FileIO) else None
+
+
+def feed_pieces(builder: LayerBuilder, prefix: bytes, readable: Readable) -> None:
+    piece: Any = prefix
+    while piece:
+        builder.feed(piece)
+        piece = readable.read(PIECE_SIZE)
+
+
+class Rejoined:
+    """A readable object with the bytes that were read from it to look at them put back in front."""
+
+    def __init__(self, prefix: bytes, readable: Readable) -> None:
+        self._prefix = prefix
+        self._readable = readable
+        self.tail = b""
+
+    def read(self, size: int) -> bytes:
+        if self._prefix:
+            data, self._prefix = self._prefix[:size], self._prefix[size:]
+        else:
+            data = self._readable.read(size)
+        self.tail = (self.tail + data[-64:])[-64:]
+        return data
+
+
+def feed_compressed(builder: LayerBuilder, prefix: bytes, readable: Readable, kind: str, name: str) -> None:
+    """Inflates in the calling thread, ahead of the threads that compress."""
+    rejoined = Rejoined(prefix, readable)
+    inflated = InflateReader(rejoined, kind, name=name)
+    if kind == "gzip":
+        builder.stop_at_toc()
+    piece = memoryview(bytearray(PIECE_SIZE))
+    while size := inflated.readinto(piece):
+        builder.feed(piece[:size])
+    if builder.toc_seen and not has_footer(rejoined.tail):
+        raise SourceError(
+            f"{name}: holds stargz.index.json, a name reserved by the eStargz format; "
+            "rename it, or use --compression gzip"
+        )
+
+
+def has_footer(tail: bytes) -> bool:
+    """Whether a blob that ends so is an eStargz blob (51-byte footer) or a legacy stargz one (47 bytes)."""
+    return tail[-51:-35] == b"\x1f\x8b\x08\x04\0\0\0\0\0\xff\x1a\0SG\x16\0" or (
+        tail[-47:-35] == b"\x1f\x8b\x08\x04\0\0\0\0\0\xff\x16\0"
+    )
+
+
+def open_source(
+    source: PathLike | Readable,
+    *,
+    lower: PathLike | None,
+    overlay_lower: Sequence[PathLike] | None,
+    epoch: int | None,
+    landmark: bool,
+) -> Source:
+    """The source that ``source`` is: a directory, a tar file, or a readable object.
+
+    Raises:
+        UsageError: lower directories are given with a tar, or both kinds of them at once.
+        SourceError: it cannot be opened.
+    """
+    if lower is not None and overlay_lower is not None:
+        raise UsageError("give either a lower directory or an overlay's lower directories, not both")
+    if isinstance(source, str | os.PathLike):
+        if os.path.isdir(source):
+            lowers = list(overlay_lower) if overlay_lower is not None else [lower] if lower is not None else []
+            return TreeSource(source, lowers, overlay=overlay_lower is not None, epoch=epoch, landmark=landmark)
+        no_lowers(lower, overlay_lower)
+        return TarSource(open_tar(source), os.fspath(source), owned=True)
+    if not callable(getattr(source, "read", None)):
+        raise UsageError(f"a source is a path or an object with read(), not {type(source).__name__}")
+    no_lowers(lower, overlay_lower)
+    return TarSource(source, str(getattr(source, "name", "input")), owned=False)
+
+
+def no_lowers(lower: PathLike | None, overlay_lower: Sequence[PathLike] | None) -> None:
+    if lower is not None or overlay_lower is not None:
+        raise UsageError("a lower directory goes with a directory, not with a tar stream")
+
+
+def open_tar(path: PathLike) -> io.FileIO:
+    try:
+        return io.FileIO(path, "rb")
+    except OSError as error:
+        raise SourceError(
+            f"{os.fspath(path)}: cannot be opened: {error.strerror}; check that it exists and is readable"
+        ) from error
+
+
+@contextmanager
+def opened(source: Source) -> Iterator[Source]:
+    """Closes a source at the end, whatever happened."""
+    try:
+        yield source
+    finally:
+        source.close()
