@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from estargz import blob as blobs
-from estargz.errors import BlobError, SourceError, UsageError, VerificationError
-from estargz.toc import clean_name, go_text, modtime_seconds, owners, parse_toc
 from reference import blobs as made
 from reference.blobs import assemble, digest, encode, estargz, link, member, payload_and_toc, tar_of
 from reference.peer import report, run
+
+from estargz import blob as blobs
+from estargz.errors import BlobError, SourceError, UsageError, VerificationError
+from estargz.toc import clean_name, go_text, modtime_seconds, owners, parse_toc
 
 RNG = random.Random(2011)
 FILES = {"a": b"first", "d/b": RNG.randbytes(10_000), "d/empty": b"", "d/c": b"text " * 3000}
@@ -70,7 +71,9 @@ def test_blobs_made_by_go(tmp_path: Path, peer: Path, how: str, options: list[st
             assert blob.open_tar().read() == TAR
 
 
-@pytest.mark.parametrize("tar", [b"", bytes(1024), tar_of(("d/", b""), ("empty", b""))], ids=["none", "zeros", "no payload"])
+@pytest.mark.parametrize(
+    "tar", [b"", bytes(1024), tar_of(("d/", b""), ("empty", b""))], ids=["none", "zeros", "no payload"]
+)
 def test_layers_without_payload(tmp_path: Path, peer: Path, tar: bytes) -> None:
     (tmp_path / "tar").write_bytes(tar)
     run(peer, "blob", "-how", "lossless", tmp_path / "tar", tmp_path / "blob")
@@ -124,14 +127,14 @@ def test_sources(tmp_path: Path) -> None:
 def test_descriptors_are_given_back(tmp_path: Path) -> None:
     (tmp_path / "good").write_bytes(estargz(TAR))
     (tmp_path / "bad").write_bytes(b"no blob" * 20)
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(3):
         blobs.open(tmp_path / "good").close()
         with pytest.raises(BlobError):
             blobs.open(tmp_path / "bad")
         with pytest.raises(BlobError, match="no regular file"):
             blobs.open(tmp_path)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_fifo_is_refused(tmp_path: Path) -> None:
@@ -176,8 +179,17 @@ def test_cut_blobs() -> None:
 
 @pytest.mark.parametrize(
     "digits",
-    [b"000000000000000g", b"-000000000000001", b"+000000000000001", b"0x00000000000001", b" 000000000000001"]
-    + [b"0_00000000000001", b"\xd9\xa1" * 8, b"000000000000001\n", bytes(16)],
+    [
+        b"000000000000000g",
+        b"-000000000000001",
+        b"+000000000000001",
+        b"0x00000000000001",
+        b" 000000000000001",
+        b"0_00000000000001",
+        b"\xd9\xa1" * 8,
+        b"000000000000001\n",
+        bytes(16),
+    ],
 )
 def test_footer_digits(digits: bytes) -> None:
     data = estargz(TAR, make_footer=lambda offset: made.footer(offset, digits))
@@ -277,7 +289,9 @@ def test_claimed_size_of_the_toc(tmp_path: Path) -> None:
         blobs.open(blob, max_toc_size=1 << 34)
 
 
-@pytest.mark.parametrize(("at", "value"), [(124, b"9"), (124, b"\x80"), (124, b"-"), (148, b"0777777"), (156, b"5"), (156, b"x")])
+@pytest.mark.parametrize(
+    ("at", "value"), [(124, b"9"), (124, b"\x80"), (124, b"-"), (148, b"0777777"), (156, b"5"), (156, b"x")]
+)
 def test_toc_header_is_checked(at: int, value: bytes) -> None:
     text = bytearray(made.toc_tar(b'{"version":1,"entries":null}'))
     text[at : at + len(value)] = value
@@ -347,7 +361,16 @@ def test_json_that_is_refused(text: bytes) -> None:
 
 @pytest.mark.parametrize(
     ("raw", "clean"),
-    [("", ""), (".", ""), ("/", ""), ("./a/", "a"), ("//a//b/.", "a/b"), ("../../a", "a"), ("a/../../b", "b"), ("a/..", "")],
+    [
+        ("", ""),
+        (".", ""),
+        ("/", ""),
+        ("./a/", "a"),
+        ("//a//b/.", "a/b"),
+        ("../../a", "a"),
+        ("a/../../b", "b"),
+        ("a/..", ""),
+    ],
 )
 def test_names_are_cleaned(raw: str, clean: str) -> None:
     assert clean_name(raw) == clean
@@ -378,7 +401,9 @@ def test_modtime(text: str, seconds: int) -> None:
     assert modtime_seconds(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["x", "2020-02-30T00:00:00Z", "2020-01-01", "2020-01-01T00:00:00", "2020-01-01T00:00:00.5Z"])
+@pytest.mark.parametrize(
+    "text", ["x", "2020-02-30T00:00:00Z", "2020-01-01", "2020-01-01T00:00:00", "2020-01-01T00:00:00.5Z"]
+)
 def test_bad_modtime(text: str) -> None:
     with pytest.raises(ValueError):
         modtime_seconds(text)
@@ -439,7 +464,7 @@ def test_layout(name: str, changes: dict[str, Any], message: str) -> None:
 def test_numbers_beyond_int64() -> None:
     for field in ("size", "offset", "innerOffset", "chunkOffset", "chunkSize"):
         for value in (1 << 63, 1 << 64, 1 << 200):
-            with pytest.raises(BlobError, match="too large|out of range"):
+            with pytest.raises(BlobError, match=r"too large|out of range"):
                 blobs.open(edited("a", **{field: value}))
 
 
@@ -455,7 +480,7 @@ def test_overlap_inside_a_member() -> None:
 
 @pytest.mark.parametrize("size", [1 << 30, (1 << 30) + 1, 1 << 62])
 def test_huge_single_chunk_is_never_trusted(size: int) -> None:
-    with blobs.open(edited("a", size=size)) as blob, pytest.raises(BlobError, match="too early|over 1073741824"):
+    with blobs.open(edited("a", size=size)) as blob, pytest.raises(BlobError, match=r"too early|over 1073741824"):
         blob.read("a")
 
 
@@ -490,9 +515,9 @@ def test_long_chain_of_links() -> None:
 
 
 def test_link_out_of_the_layer() -> None:
-    with blobs.open(estargz(tar_of(link("h", "../../etc/passwd")))) as blob:
-        with pytest.raises(BlobError, match=r"links to '../../etc/passwd', which is not there"):
-            blob.read("h")
+    data = estargz(tar_of(link("h", "../../etc/passwd")))
+    with blobs.open(data) as blob, pytest.raises(BlobError, match=r"links to '../../etc/passwd', which is not there"):
+        blob.read("h")
 
 
 # --- content
@@ -504,9 +529,9 @@ def test_content_that_was_exchanged() -> None:
     entries = toc["entries"]
     entries[0]["offset"], entries[0]["size"] = entries[1]["offset"], 5
     del entries[1]
-    with blobs.open(assemble(payload, encode(toc))) as blob:
-        with pytest.raises(VerificationError, match=r"'a', chunk at 0 \(blob offset \d+\): expected sha256:"):
-            blob.read("a")
+    message = r"'a', chunk at 0 \(blob offset \d+\): expected sha256:"
+    with blobs.open(assemble(payload, encode(toc))) as blob, pytest.raises(VerificationError, match=message):
+        blob.read("a")
 
 
 def test_entry_without_digest() -> None:
@@ -565,9 +590,8 @@ def test_blob_cut_while_open(tmp_path: Path) -> None:
         os.truncate(path, 100)
         with pytest.raises(BlobError, match="ends too early"):
             blob.read("d/b")
-        with pytest.raises(BlobError, match="ends too early"):
-            with blobs.blob_errors():
-                blob.open_tar().read()
+        with pytest.raises(BlobError, match="ends too early"), blobs.blob_errors():
+            blob.open_tar().read()
 
 
 def test_range_reader_that_gives_too_much() -> None:
@@ -582,7 +606,9 @@ def test_range_reader_that_gives_too_much() -> None:
 # --- tars of any layer
 
 
-@pytest.mark.parametrize("pack", [bytes, member, lambda tar: member(tar) + bytes(512), estargz], ids=["tar", "gzip", "padded", "estargz"])
+@pytest.mark.parametrize(
+    "pack", [bytes, member, lambda tar: member(tar) + bytes(512), estargz], ids=["tar", "gzip", "padded", "estargz"]
+)
 def test_open_tar_of_any_layer(pack: Any) -> None:
     with blobs.open_tar(pack(TAR)) as tar:
         assert tar.read() == TAR

@@ -156,8 +156,6 @@ class Tree:
         os.utime(path, ns=(time, time), follow_symlinks=False)
 
 
-
-
 def deep_directory(root: Path, names: Sequence[str]) -> int:
     """Makes directories inside each other, however long the path becomes; a handle of the innermost one."""
     handle = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
@@ -221,6 +219,10 @@ class RandomTree:
         name = self.chance.choice(NAMES)
         return f"{folder}/{name}" if folder else name
 
+    def random_mode(self) -> int:
+        mode = self.chance.choice(MODES)
+        return mode if self.as_root else mode | 0o600  # others cannot read what they may not
+
     def random_meta(self) -> dict[str, Any]:
         meta: dict[str, Any] = {"time": self.chance.choice(TIMES)}
         if self.as_root and self.chance.random() < 0.3:
@@ -241,11 +243,11 @@ class RandomTree:
         )[0]
         meta = self.random_meta()
         if kind == "dir":
-            self.tree.dir(name, mode=self.chance.choice(MODES) | 0o700, **meta)
+            self.tree.dir(name, mode=self.random_mode() | 0o700, **meta)
             if self.meddle and self.chance.random() < 0.4:
                 os.setxattr(self.tree.root / name, "trusted.overlay.opaque", b"y")
         elif kind == "file":
-            self.tree.file(name, self.chance.choice(PAYLOADS), mode=self.chance.choice(MODES), **meta)
+            self.tree.file(name, self.chance.choice(PAYLOADS), mode=self.random_mode(), **meta)
         elif kind == "symlink":
             self.tree.symlink(name, self.chance.choice(["to", "so", "t" * 101, "é"]), **meta)
         elif kind == "link":
@@ -282,7 +284,7 @@ class RandomTree:
             self.tree.file(name, self.chance.choice(PAYLOADS), stat.S_IMODE(mode), time=path.lstat().st_mtime_ns)
         elif how == "mode" and not stat.S_ISLNK(mode):
             kept = path.lstat().st_mtime_ns
-            self.tree.meta(name, mode=self.chance.choice(MODES) | (0o700 if stat.S_ISDIR(mode) else 0), time=kept)
+            self.tree.meta(name, mode=self.random_mode() | (0o700 if stat.S_ISDIR(mode) else 0), time=kept)
         elif how == "meta":
             self.tree.meta(name, **self.random_meta())
         else:
@@ -315,8 +317,9 @@ class RandomTree:
             self.add()
 
     def disturb(self, count: int) -> None:
+        steps = [self.add, self.change, self.change, self.link, self.link, self.remove, self.move, self.replace]
         for _ in range(count):
-            self.chance.choice([self.add, self.change, self.change, self.link, self.link, self.remove, self.move, self.replace])()
+            self.chance.choice(steps)()
 
 
 def is_whiteout(path: Path) -> bool:

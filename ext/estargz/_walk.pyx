@@ -5,7 +5,7 @@ names in byte order. The lower tree is a stack of directories, topmost first; on
 are an overlay's lower layers, merged while they are read. Headers are written here; payloads are left to the workers.
 """
 
-from libc.errno cimport EINTR, ENODATA, ENOENT, ENOTDIR, ERANGE, errno
+from libc.errno cimport EINTR, EINVAL, ELOOP, ENODATA, ENOENT, ENOTDIR, ERANGE, errno
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
@@ -18,8 +18,8 @@ from estargz._files cimport OPEN_DIRECTORY, OPEN_FILE, open_beneath
 from estargz._layer cimport LayerBuilder, source_file
 from estargz._memory cimport buffer, buffer_append, buffer_free, buffer_reserve, byte_map, map_find, map_free, map_insert
 from estargz._rows cimport (
-    EST_CANCELLED, EST_LIST, EST_NO_MEMORY, EST_OK, EST_OPEN, EST_READ, EST_READ_LINK, EST_REDIRECT, EST_RESERVED_NAME,
-    EST_STAT, EST_XATTR, tar_entry,
+    EST_CANCELLED, EST_LIST, EST_NO_MEMORY, EST_OK, EST_OPEN, EST_READ, EST_READ_LINK, EST_REDIRECT, EST_REPLACED,
+    EST_RESERVED_NAME, EST_STAT, EST_XATTR, tar_entry,
 )
 
 cdef extern from "files.h" nogil:
@@ -133,7 +133,7 @@ cdef class TreeWalk:
     cdef buffer path                # of the directory or entry at hand, without leading slash
     cdef byte_map written           # directories in the layer
     cdef byte_map first_names       # inode -> position in link_names: the name it was first written under
-    cdef byte_map waiting_names     # inode -> position in link_names: unmodified names not written yet
+    cdef byte_map waiting_names     # inode -> position in link_names: the last of its names not written yet
     cdef buffer link_names
     cdef buffer target              # of the symbolic link at hand
     cdef uint8_t *capability
@@ -147,7 +147,8 @@ cdef class TreeWalk:
         self.epoch = epoch if epoch is not None else 0
         self.landmarks_reserved = landmarks_reserved
         make_trees(&self.upper_trees, [upper], overlay)
-        make_trees(&self.lower_trees, lowers, overlay)
+        # A single lower directory is taken as it is, as BuildKit mounts it: marks in it have nothing below to act on.
+        make_trees(&self.lower_trees, lowers, overlay and len(lowers) > 1)
         self.capability = <uint8_t *>malloc(CAPABILITY_AT + XATTR_LIMIT)
         self.other_capability = <uint8_t *>malloc(CAPABILITY_AT + XATTR_LIMIT)
         self.compare_buffers = <uint8_t *>malloc(2 * COMPARE_SIZE)
@@ -183,7 +184,11 @@ cdef class TreeWalk:
     # --------------------------------------------------------------------------------------------- the walk
 
     cdef int failed(self, int code, int sys_errno) noexcept nogil:
-        """Keeps a failure of the path at hand."""
+        """Keeps a failure of the path at hand. Whatever is looked at has been listed just before: if it is not there
+        any more, or is of another kind, the tree has changed."""
+        if (sys_errno == ENOENT or sys_errno == ENOTDIR or sys_errno == ELOOP
+                or (code == EST_READ_LINK and sys_errno == EINVAL)):
+            code = EST_REPLACED
         return self.builder.set_failure(code, sys_errno, -1, self.path.data, self.path.size)
 
     cdef inline frame *top(self) noexcept nogil:
@@ -361,10 +366,11 @@ cdef class TreeWalk:
         cdef uint32_t *order
         cdef size_t kept = 0
         cdef size_t i
-        for i in range(directory.count):
-            if self.handle_of(directory, trees, i) < 0:
+        cdef int tree
+        for tree in range(directory.count):
+            if self.handle_of(directory, trees, tree) < 0:
                 return self.failed(EST_OPEN, errno)
-            if not read_names(directory.handles[i], names):
+            if not read_names(directory.handles[tree], names):
                 return self.failed(EST_LIST, errno)
         order = <uint32_t *>names.order.data
         if name_count(names) > 1:
@@ -465,7 +471,7 @@ cdef class TreeWalk:
     cdef int is_same(self, int handle, const char *name, const struct_stat *upper, const struct_stat *lower,
                      const directory_set *lower_set) noexcept nogil:
         """1 if a path is the same in both trees by containerd's rule, 0 if not; or a code."""
-        cdef int lower_handle
+        cdef int lower_handle, code
         if not self.overlay and upper.st_dev == lower.st_dev and upper.st_ino == lower.st_ino:
             return 1
         if (upper.st_mode != lower.st_mode or upper.st_uid != lower.st_uid or upper.st_gid != lower.st_gid
@@ -486,7 +492,8 @@ cdef class TreeWalk:
             return self.same_target(handle, lower_handle, name)
         if upper.st_size == 0:
             return 1
-        return self.same_content(handle, lower_handle, name)
+        code = self.check_overlay_marks(lower_handle, name, lower)
+        return code if code else self.same_content(handle, lower_handle, name)
 
     cdef int lower_handle(self, const directory_set *found) noexcept nogil:
         """The handle of the lower directory that holds the entry that find_lower found."""
@@ -591,8 +598,8 @@ cdef class TreeWalk:
             code = self.write_entry(&entry)
         if not code and entry.type == c'0' and entry.size:
             code = self.write_payload(found)
-        while not code and waiting >= 0:
-            code = self.write_waiting_link(&entry, &waiting)
+        if not code and waiting >= 0:
+            code = self.write_waiting_links(&entry, waiting)
         return code
 
     cdef int describe(self, tar_entry *entry, int handle, const char *name, const struct_stat *found) noexcept nogil:
@@ -719,7 +726,7 @@ cdef class TreeWalk:
     cdef int resolve_link(self, int kind, uint64_t inode, tar_entry *entry, int64_t *waiting) noexcept nogil:
         """Makes the entry a link if its inode has been written, else makes it the one that others will link to.
 
-        An unmodified name that has nothing to link to waits: LINK_WAITS. `waiting`: the first name that waited for this
+        An unmodified name that has nothing to link to waits: LINK_WAITS. `waiting`: the last name that waits for this
         inode, or -1.
         """
         cdef int64_t *first = map_find(&self.first_names, &inode, sizeof(inode))
@@ -746,35 +753,34 @@ cdef class TreeWalk:
         return EST_OK
 
     cdef bint keep_link_name(self, const uint8_t *name, uint32_t size) noexcept nogil:
-        """Appends a record to link_names: position of the next record in its chain (-1), size, bytes."""
-        cdef int64_t end = -1
-        return (buffer_append(&self.link_names, &end, 8) and buffer_append(&self.link_names, &size, 4)
+        """Appends a record to link_names: position of the next record in its ring, at first itself; size, bytes."""
+        cdef int64_t position = self.link_names.size
+        return (buffer_append(&self.link_names, &position, 8) and buffer_append(&self.link_names, &size, 4)
                 and buffer_append(&self.link_names, name, size))
 
-    cdef void chain(self, int64_t *head, int64_t position) noexcept nogil:
-        cdef int64_t at = head[0]
-        cdef int64_t following
-        if at < 0:
-            head[0] = position
-            return
-        while True:
-            memcpy(&following, self.link_names.data + at, 8)
-            if following < 0:
-                break
-            at = following
-        memcpy(self.link_names.data + at, &position, 8)
+    cdef void chain(self, int64_t *last, int64_t position) noexcept nogil:
+        """Makes a record the last of a ring, whose last leads to its first: an inode may have many names."""
+        cdef uint8_t *names = self.link_names.data
+        if last[0] >= 0:
+            memcpy(names + position, names + last[0], 8)
+            memcpy(names + last[0], &position, 8)
+        last[0] = position
 
-    cdef int write_waiting_link(self, const tar_entry *written, int64_t *waiting) noexcept nogil:
+    cdef int write_waiting_links(self, const tar_entry *written, int64_t last) noexcept nogil:
+        """Writes the names that waited for an inode's first entry, in the order in which they were met."""
+        cdef int64_t position = last
+        cdef int code = EST_OK
+        while not code:
+            memcpy(&position, self.link_names.data + position, 8)
+            code = self.write_waiting_link(written, position)
+            if position == last:
+                break
+        return code
+
+    cdef int write_waiting_link(self, const tar_entry *written, int64_t position) noexcept nogil:
         cdef tar_entry entry = written[0]
-        cdef buffer name
-        cdef const uint8_t *kept
-        cdef uint32_t kept_size
-        cdef int64_t following
         cdef int code
-        memcpy(&following, self.link_names.data + waiting[0], 8)
-        link_name(self.link_names.data, waiting[0], &kept, &kept_size)
-        entry.name = kept
-        entry.name_len = kept_size
+        link_name(self.link_names.data, position, &entry.name, &entry.name_len)
         entry.link = written.name
         entry.link_len = written.name_len
         entry.type = c'1'
@@ -782,7 +788,6 @@ cdef class TreeWalk:
         code = self.write_parents(entry.name, entry.name_len)
         if not code:
             code = self.write_entry(&entry)
-        waiting[0] = following
         return code
 
 

@@ -116,7 +116,7 @@ def _verify_blob(blob: Blob, diff_id: str | None, threads: int) -> Report:
     work = _plan(blob)
     stream = _Ahead(blob)
     with ThreadPoolExecutor(1, "estargz-scan") as pool, stream:
-        scanning = pool.submit(_scan, stream)
+        scanning = pool.submit(_scan, stream, blob.toc_offset)
         failure = check_chunks(blob.kernel_source, work.jobs, threads)
         if failure is not None:
             stream.cancel()
@@ -270,7 +270,9 @@ class _Ahead:
         return data
 
 
-def _scan(stream: _Ahead) -> Scan:
+def _scan(stream: _Ahead, compressed: int) -> Scan:
+    if compressed == 0:  # made of a tar of no bytes at all, which is no tar by itself
+        return Scan(np.empty(0, []), b"", blobs.sha256(b""), 0)
     scan = scan_tar(stream)
     if stream.read(1):
         raise BlobError("the tar scan stopped before the end of the stream")

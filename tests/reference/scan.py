@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from estargz.errors import TarError
+
 BLOCK = 512
 ROW = np.dtype(
     [
@@ -45,7 +47,10 @@ def number(field: bytes) -> int:
         value = int.from_bytes(field, "big") & ~(1 << (8 * len(field) - 1))
         bits = 8 * len(field) - 1
         return value - (1 << bits) if value >> (bits - 1) else value
-    return int(field.strip(b" \0") or b"0", 8)
+    try:
+        return int(field.strip(b" \0") or b"0", 8)
+    except ValueError:
+        raise TarError(f"bad number {field!r}") from None
 
 
 def text(field: bytes) -> bytes:
@@ -70,7 +75,7 @@ def entries(tar: bytes) -> Iterator[dict[str, Any]]:
         header = tar[at : at + BLOCK]
         total = sum(header) - sum(header[148:156]) + 256
         if number(header[148:156]) != total:
-            raise ValueError(f"bad checksum at {at}")
+            raise TarError(f"bad checksum at {at}")
         kind, size = header[156:157].replace(b"\0", b"0"), number(header[124:136])
         at += BLOCK
         payload = tar[at : at + size]

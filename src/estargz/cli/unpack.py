@@ -21,5 +21,5 @@ def command(blob: str, output: str) -> None:
     block = memoryview(bytearray(1 << 20))
     with blobs.open_tar(blob) as tar, open_sink(sys.stdout.buffer if output == "-" else output) as sink:
         while count := tar.readinto(block):
-            sink.write(block[:count])
+            sink.write(bytes(block[:count]))
     sys.stdout.flush()
