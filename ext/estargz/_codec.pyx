@@ -1,7 +1,7 @@
 """Gzip members by ISA-L (levels 0-3) and libdeflate (levels 4-12), from one worker's reusable state."""
 
 from libc.stdint cimport uint8_t, uint32_t
-from libc.stdlib cimport calloc, free, malloc
+from libc.stdlib cimport free, malloc
 
 from estargz._rows cimport EST_COMPRESS, EST_NO_MEMORY, EST_OK
 from estargz.isal cimport (
@@ -12,6 +12,10 @@ from estargz.isal cimport (
 from estargz.libdeflate cimport (
     libdeflate_alloc_compressor, libdeflate_free_compressor, libdeflate_gzip_compress,
 )
+
+cdef extern from "isal_place.h" nogil:
+    void *est_place(size_t size)
+    void est_unplace(void *memory, size_t size)
 
 ISAL_VERSION = f"{ISAL_MAJOR_VERSION}.{ISAL_MINOR_VERSION}.{ISAL_PATCH_VERSION}"
 
@@ -39,7 +43,7 @@ cdef int compressor_open(compressor *state, int kind, int level) noexcept nogil:
     state.deflater = NULL
     if kind != CODEC_GZIP:
         return EST_OK
-    state.stream = <isal_zstream *>calloc(1, sizeof(isal_zstream))
+    state.stream = <isal_zstream *>est_place(sizeof(isal_zstream))
     if state.stream == NULL:
         return EST_NO_MEMORY
     if buffer_size:
@@ -53,7 +57,7 @@ cdef int compressor_open(compressor *state, int kind, int level) noexcept nogil:
 
 
 cdef void compressor_close(compressor *state) noexcept nogil:
-    free(state.stream)
+    est_unplace(state.stream, sizeof(isal_zstream))
     free(state.level_buffer)
     if state.deflater != NULL:
         libdeflate_free_compressor(state.deflater)

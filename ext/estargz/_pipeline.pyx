@@ -9,7 +9,7 @@ import threading
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
-from libc.errno cimport EINTR, errno
+from libc.errno cimport EINTR, EISDIR, ELOOP, ENOENT, ENOTDIR, ESPIPE, errno
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
@@ -616,8 +616,8 @@ cdef int fill_file(const file_fill *fill, batch *b, directory_cache *directory) 
     cdef size_t done = 0
     cdef ssize_t got
     cdef int code = EST_OK
-    if handle < 0:
-        return EST_OPEN
+    if handle < 0:  # it was there when it was listed
+        return EST_REPLACED if errno == ENOENT or errno == ENOTDIR or errno == ELOOP else EST_OPEN
     while done < fill.size:
         got = pread(handle, b.raw + fill.raw_at + done, fill.size - done, fill.file_offset + done)
         if got < 0 and errno == EINTR:
@@ -626,7 +626,7 @@ cdef int fill_file(const file_fill *fill, batch *b, directory_cache *directory) 
             code = EST_READ if got < 0 else EST_SHRANK
             break
         done += got
-    if code != EST_READ:
+    if code != EST_READ or errno == EISDIR or errno == ESPIPE:
         code = check_unchanged(handle, fill, code)
     close(handle)
     return code

@@ -4,7 +4,11 @@
     read:  blob -> footer -> table of contents -> entry -> chunk -> member -> verified bytes
 """
 
-from estargz.build import build
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from estargz.errors import (
     BlobError,
     ChangedError,
@@ -16,16 +20,23 @@ from estargz.errors import (
     VerificationError,
 )
 from estargz.layer import Layer
-from estargz.writer import Compressor, Writer
+
+if TYPE_CHECKING:
+    from estargz.blob import Blob, open
+    from estargz.build import build
+    from estargz.verify import Report, verify
+    from estargz.writer import Compressor, Writer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Blob",
     "BlobError",
     "ChangedError",
     "Compressor",
     "EstargzError",
     "Layer",
+    "Report",
     "SinkError",
     "SourceError",
     "TarError",
@@ -33,4 +44,30 @@ __all__ = [
     "VerificationError",
     "Writer",
     "build",
+    "open",
+    "verify",
 ]
+
+# name -> module: the compiled stages are loaded with the first of these that is used
+_LAZY = {
+    "Blob": "estargz.blob",
+    "Compressor": "estargz.writer",
+    "Report": "estargz.verify",
+    "Writer": "estargz.writer",
+    "build": "estargz.build",
+    "open": "estargz.blob",
+    "verify": "estargz.verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_LAZY[name]), name)
+    # Importing a submodule binds its own name here; the function of that name is what the package offers.
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -196,7 +196,7 @@ def open_source(
     if lower is not None and overlay_lower is not None:
         raise UsageError("give either a lower directory or an overlay's lower directories, not both")
     if isinstance(source, str | os.PathLike):
-        if os.path.isdir(source):
+        if os.path.isdir(source) or ((lower is not None or overlay_lower is not None) and not os.path.exists(source)):
             lowers = list(overlay_lower) if overlay_lower is not None else [lower] if lower is not None else []
             return TreeSource(source, lowers, overlay=overlay_lower is not None, epoch=epoch, landmark=landmark)
         no_lowers(lower, overlay_lower)

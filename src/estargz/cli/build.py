@@ -1,0 +1,154 @@
+"""estargz build: a layer from a directory, two directories, an overlay's upperdir, or a tar stream."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, BinaryIO
+
+import click
+
+from estargz.build import build
+from estargz.errors import UsageError
+from estargz.layer import MEDIA_TYPES, Layer
+from estargz.options import DEFAULT_CHUNK_SIZE, DEFAULT_LEVEL, MAX_LEVEL, Progress, parse_size
+
+
+class Size(click.ParamType):
+    """Bytes, or a number with KiB, MiB, GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return value if isinstance(value, int) else parse_size(value)
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+
+
+@click.command("build")
+@click.argument("source", type=click.Path())
+@click.option("-o", "--output", required=True, metavar="BLOB", help="File to write; - is standard output.")
+@click.option("--lower", metavar="DIR", help="Write only what SOURCE changes over DIR.")
+@click.option(
+    "--overlay-lower",
+    multiple=True,
+    metavar="DIR",
+    help="SOURCE is an overlayfs upperdir over DIR; repeat for several lower layers, topmost first.",
+)
+@click.option("--compression", type=click.Choice(list(MEDIA_TYPES)), default="estargz", show_default=True)
+@click.option(
+    "--level",
+    type=click.IntRange(0, MAX_LEVEL),
+    default=DEFAULT_LEVEL,
+    show_default=True,
+    metavar="N",
+    help="0-3: ISA-L, fast; 4-12: libdeflate, small.",
+)
+@click.option("--chunk-size", type=Size(), default=DEFAULT_CHUNK_SIZE, metavar="N", help="Bytes per chunk.  [4MiB]")
+@click.option(
+    "--min-chunk-size",
+    type=Size(),
+    default=0,
+    metavar="N",
+    help="Pack small files into members of at least N bytes; containers/storage cannot read such layers.",
+)
+@click.option("--threads", type=click.IntRange(1), metavar="N", help="Default: the CPUs this process may use.")
+@click.option("--memory", type=Size(), metavar="N", help="Bytes that data under way may take.")
+@click.option("--no-landmark", is_flag=True, help="Leave out .no.prefetch.landmark: the pure differ stream.")
+@click.option("--json", "as_json", is_flag=True, help="Print the descriptor on one line.")
+@click.option("--quiet", is_flag=True, help="No progress, no summary.")
+def command(
+    source: str,
+    output: str,
+    lower: str | None,
+    overlay_lower: tuple[str, ...],
+    no_landmark: bool,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Build a layer from SOURCE: a directory, a tar file (plain, gzip, zstd, eStargz), or - for standard input.
+
+    Prints the layer's OCI descriptor on standard output, or on standard error with "-o -". SOURCE_DATE_EPOCH in the
+    environment is the upper bound of a directory's modification times.
+    """
+    started = time.perf_counter()
+    with terminated_cleanly(), progress_bar(quiet) as progress:
+        layer = build(
+            standard_input() if source == "-" else source,
+            standard_output() if output == "-" else output,
+            lower=lower,
+            overlay_lower=overlay_lower or None,
+            landmark=not no_landmark,
+            source_date_epoch=epoch_from_environment(),
+            progress=progress,
+            **options,
+        )
+    click.echo(json.dumps(layer.descriptor(), indent=None if as_json else 2), err=output == "-")
+    if not quiet:
+        summarise(layer, time.perf_counter() - started)
+
+
+def standard_input() -> BinaryIO:
+    # Unbuffered, so that the kernels read from the descriptor themselves.
+    return io.FileIO(sys.stdin.fileno(), "rb", closefd=False)  # type: ignore[return-value]
+
+
+def standard_output() -> BinaryIO:
+    if sys.stdout.isatty():
+        raise UsageError("a layer is not written to a terminal; redirect standard output, or name a file")
+    return io.FileIO(sys.stdout.fileno(), "wb", closefd=False)  # type: ignore[return-value]
+
+
+def epoch_from_environment() -> int | None:
+    """SOURCE_DATE_EPOCH in seconds, None when it is not set. UsageError when it is no whole number."""
+    text = os.environ.get("SOURCE_DATE_EPOCH")
+    if not text:
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"SOURCE_DATE_EPOCH is {text!r}; it must be a whole number of seconds") from None
+
+
+@contextmanager
+def terminated_cleanly() -> Iterator[None]:
+    """Lets a termination signal unwind the build, so that nothing is left behind."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def progress_bar(quiet: bool) -> Iterator[Progress | None]:
+    """A bar of uncompressed bytes on standard error, if somebody watches."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(unit="B", unit_scale=True, unit_divisor=1024, leave=False, file=sys.stderr) as bar:
+        yield lambda done: bar.update(done - bar.n)
+
+
+def summarise(layer: Layer, seconds: float) -> None:
+    click.echo(
+        f"{layer.uncompressed_size / 1e6:.1f} MB -> {layer.size / 1e6:.1f} MB in {seconds:.2f} s, "
+        f"{layer.uncompressed_size / 1e6 / seconds:.0f} MB/s",
+        err=True,
+    )
