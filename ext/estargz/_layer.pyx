@@ -366,6 +366,8 @@ cdef class LayerBuilder:
                 if got < 0:
                     if errno != EINTR:
                         code = self.set_failure(EST_READ, errno, self.input_offset, "input", 5)
+                    elif not self.pipeline.call_back():
+                        code = self.set_failure(EST_CANCELLED, 0, -1, NULL, 0)
                     continue
                 self.target_filled += got
                 if self.target_filled == self.target_size:
@@ -379,7 +381,7 @@ cdef class LayerBuilder:
         if self.toc_seen:
             return
         with nogil:
-            if self.target == NULL:
+            if self.target == NULL or not (self.input_offset or self.target_filled):
                 code = self.input_failed(EST_TAR_TRUNCATED)
             elif self.expecting == EXPECT_TRAILER or (self.expecting == EXPECT_BLOCK and not self.target_filled):
                 if self.parser.pending:

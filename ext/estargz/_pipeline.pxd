@@ -77,6 +77,7 @@ ctypedef struct batch:
     bint last_piece
     size_t digest_from      # part of raw that the digest of a piece covers
     size_t digest_end
+    bint tar_hashed         # raw is already part of the stream's hash
     est_failure failure
 
 # What one thread keeps from batch to batch.
@@ -123,6 +124,8 @@ cdef class Pipeline:
     cdef int64_t piece_raw_size
     cdef readonly int64_t piece_offset   # blob offset of the first piece
     cdef int64_t tar_size, blob_size
+    cdef int64_t tar_hash_next           # number of the batch that the stream's hash has come to
+    cdef bint tar_hash_taken             # by a worker or the sink
     cdef toc_table table
 
     cdef batch *acquire(self) noexcept nogil
@@ -135,7 +138,9 @@ cdef class Pipeline:
     cdef bint step(self, worker *w) noexcept nogil
     cdef void work(self, batch *b, worker *w) noexcept nogil
     cdef int fill_files(self, batch *b, worker *w) noexcept nogil
-    cdef int hash_chunks(self, batch *b) noexcept nogil
+    cdef bint take_tar_hash(self, batch *b) noexcept nogil
+    cdef void return_tar_hash(self, batch *b) noexcept nogil
+    cdef int hash_chunks(self, batch *b, bint with_tar) noexcept nogil
     cdef int compress(self, batch *b, worker *w) noexcept nogil
     cdef int sink(self, batch *b) noexcept nogil
     cdef void hash_in_order(self, batch *b) noexcept nogil

@@ -343,12 +343,18 @@ cdef class Pipeline:
         if not w.opened:
             code = compressor_open(&w.state, self.codec, self.level)
             w.opened = code == EST_OK
+        cdef bint hashed = not self.keep_rows or b.kind == BATCH_PIECE
         if not code:
             code = self.fill_files(b, w)
-        if not code and self.keep_rows:
-            code = self.hash_chunks(b)
+        # A chunk's hash costs least side by side with the stream's over the same bytes. If that has not come so far yet,
+        # it may have after the compression.
+        if not code and not hashed and self.take_tar_hash(b):
+            self.hash_chunks(b, True)
+            hashed = True
         if not code:
             code = self.compress(b, w)
+        if not code and not hashed:
+            self.hash_chunks(b, self.take_tar_hash(b))
         if code and not b.failure.code:
             set_failure(&b.failure, code, 0, -1, NULL, 0)
 
@@ -364,24 +370,50 @@ cdef class Pipeline:
                 return code
         return EST_OK
 
-    cdef int hash_chunks(self, batch *b) noexcept nogil:
+    cdef bint take_tar_hash(self, batch *b) noexcept nogil:
+        """Whether the stream's hash has come to this batch and is the caller's now, to be given back."""
+        cdef bint taken
+        pthread_mutex_lock(&self.lock)
+        taken = not self.tar_hash_taken and self.tar_hash_next == b.number
+        self.tar_hash_taken = self.tar_hash_taken or taken
+        pthread_mutex_unlock(&self.lock)
+        return taken
+
+    cdef void return_tar_hash(self, batch *b) noexcept nogil:
+        b.tar_hashed = True
+        pthread_mutex_lock(&self.lock)
+        self.tar_hash_taken = False
+        self.tar_hash_next = b.number + 1
+        pthread_mutex_unlock(&self.lock)
+
+    cdef int hash_chunks(self, batch *b, bint with_tar) noexcept nogil:
+        """Digests the chunks, and with_tar the whole batch as part of the stream's hash."""
         cdef sha256_stream streams[HASHED_TOGETHER]
-        cdef sha256_job jobs[HASHED_TOGETHER]
+        cdef sha256_job jobs[HASHED_TOGETHER + 1]
         cdef chunk_span *chunks = <chunk_span *>b.chunks.data
         cdef size_t count = b.chunks.size // sizeof(chunk_span)
         cdef size_t at = 0
-        cdef size_t i, group
-        while at < count:
+        cdef size_t i, group, end
+        cdef size_t tar_at = 0
+        while at < count or (with_tar and tar_at < b.raw_size):
             group = min(count - at, <size_t>HASHED_TOGETHER)
             for i in range(group):
                 sha256_start(&streams[i])
-                jobs[i].stream = &streams[i]
-                jobs[i].data = b.raw + chunks[at + i].raw_at
-                jobs[i].size = chunks[at + i].size
-            sha256_run(jobs, group)
+                jobs[i + 1].stream = &streams[i]
+                jobs[i + 1].data = b.raw + chunks[at + i].raw_at
+                jobs[i + 1].size = chunks[at + i].size
+            # The stream's part that these chunks lie in.
+            end = b.raw_size if at + group == count else chunks[at + group].raw_at
+            jobs[0].stream = &self.tar_hash
+            jobs[0].data = b.raw + tar_at
+            jobs[0].size = end - tar_at
+            tar_at = end
+            sha256_run(&jobs[0 if with_tar else 1], group + with_tar)
             for i in range(group):
                 sha256_finish(&streams[i], chunks[at + i].digest)
             at += group
+        if with_tar:
+            self.return_tar_hash(b)
         return EST_OK
 
     cdef int compress(self, batch *b, worker *w) noexcept nogil:
@@ -434,10 +466,14 @@ cdef class Pipeline:
     cdef void hash_in_order(self, batch *b) noexcept nogil:
         """The hashes that run over the whole stream: DiffID, blob, and the table of contents while it passes."""
         cdef sha256_job jobs[3]
-        cdef size_t count = 1
-        jobs[0].stream = &self.tar_hash
-        jobs[0].data = b.raw
-        jobs[0].size = b.raw_size
+        cdef size_t count = 0
+        # Every batch before this one is hashed, and workers take the stream's hash only for the batch it has come to:
+        # which is this one, if its worker has not done it.
+        if not b.tar_hashed:
+            jobs[count].stream = &self.tar_hash
+            jobs[count].data = b.raw
+            jobs[count].size = b.raw_size
+            count += 1
         if self.codec == CODEC_GZIP:
             jobs[count].stream = &self.blob_hash
             jobs[count].data = b.out
@@ -449,6 +485,8 @@ cdef class Pipeline:
             jobs[count].size = b.digest_end - b.digest_from
             count += 1
         sha256_run(jobs, count)
+        if not b.tar_hashed:
+            self.return_tar_hash(b)
 
     cdef int finish_pieces(self, batch *b) noexcept nogil:
         """The trailer of a member made of pieces needs the checksum over all of them."""
@@ -558,6 +596,7 @@ cdef bint open_batch(batch *b, size_t raw_capacity, size_t out_capacity, int cod
     b.paths.size = 0
     b.rows.size = 0
     b.strings.size = 0
+    b.tar_hashed = False
     b.failure.code = EST_OK
     return b.raw != NULL and (b.out != NULL or codec != CODEC_GZIP)
 

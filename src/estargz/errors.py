@@ -82,7 +82,7 @@ _STATUS: dict[int, tuple[type[EstargzError], str, str]] = {
     ),
     -20: (SourceError, "{name}: its device number does not fit a tar header", "leave the device out of the tree"),
     -21: (SourceError, "{name}: name, link target and attributes exceed 1 MiB", "shorten the name or drop attributes"),
-    -22: (SourceError, "{name}: is a name reserved by the eStargz format", "rename it, or use --compression gzip"),
+    -22: (SourceError, "{name}: is a name reserved by the eStargz format{at}", "rename it, or use --compression gzip"),
     -30: (TarError, "{name}: bad header checksum at byte {offset}", "the input is damaged or is no tar stream"),
     -31: (TarError, "{name}: bad number in the header at byte {offset}", "the input is damaged; make the tar again"),
     -32: (TarError, "{name}: sparse entry at byte {offset}", "make the tar without --sparse"),
@@ -110,7 +110,8 @@ def from_status(code: int, errno: int = 0, name: str = "", offset: int = -1) -> 
         return MemoryError("estargz: out of memory; lower --threads or --memory")
     kind, text, remedy = _STATUS.get(code, (EstargzError, f"unknown status {code} for {{name}}", ""))
     cause = os.strerror(errno) if errno else "unknown cause"
-    message = text.format(name=name or "input", offset=offset, cause=cause)
+    at = f" (at byte {offset})" if offset >= 0 else ""
+    message = text.format(name=name or "input", offset=offset, cause=cause, at=at)
     if remedy:
         message += f"; {remedy}"
     error = kind(message)

@@ -29,7 +29,7 @@ MAX_CHUNK_SIZE = 1 << 30
 MAX_THREADS = 1024
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-_SIZE = re.compile(r"\s*(\d+)\s*([kmgt]?)(?:ib|b)?\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*([0-9]{1,20})\s*([kmgt]?)(?:ib|b)?\s*", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import secrets
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -65,7 +64,7 @@ class PathSink:
             return os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
     def _temporary_path(self) -> Path:
-        return self.path.with_name(f".{self.path.name[:200]}.{secrets.token_hex(8)}.tmp")
+        return self.path.with_name(f".estargz-{os.urandom(8).hex()}.tmp")
 
     def write(self, data: bytes) -> int:
         """Writes all of ``data``. Raises SinkError."""
@@ -145,6 +144,7 @@ class ObjectSink:
 
     def __init__(self, writable: Writable) -> None:
         self._write = writable.write
+        self._raw = isinstance(writable, io.RawIOBase)
 
     def write(self, data: bytes) -> int:
         """Writes all of ``data``, also to a raw object that takes less at a time."""
@@ -154,7 +154,9 @@ class ObjectSink:
             data = data[written:]
             written = self._write(data)
             if written == 0 and data:
-                raise SinkError("the destination's write() took nothing; it must take all or block")
+                raise took_nothing()
+        if written is None and self._raw:  # how a raw file says that it would have to wait
+            raise took_nothing()
         return total
 
     def commit(self) -> None:
@@ -178,6 +180,10 @@ class ObjectSink:
 
     def __exit__(self, *_: object) -> None:
         return None
+
+
+def took_nothing() -> SinkError:
+    return SinkError("the destination's write() took nothing; it must take all or block")
 
 
 def open_sink(dest: Destination) -> PathSink | ObjectSink:

@@ -120,11 +120,19 @@ def read_prefix(readable: Readable) -> bytes:
     """Enough bytes to tell the type by: fewer only at the end of the stream."""
     prefix = b""
     while len(prefix) < 4:
-        piece = readable.read(4 - len(prefix))
+        piece = read_piece(readable, 4 - len(prefix))
         if not piece:
             break
         prefix += piece
     return prefix
+
+
+def read_piece(readable: Readable, size: int) -> bytes:
+    """At most ``size`` bytes, none at the end. Raises SourceError for an object that does not wait for data."""
+    piece = readable.read(size)
+    if piece is None:
+        raise SourceError("input: its read() has nothing yet and does not wait; make it a blocking one")
+    return piece
 
 
 def raw_descriptor(readable: Readable) -> int | None:
@@ -136,7 +144,7 @@ def feed_pieces(builder: LayerBuilder, prefix: bytes, readable: Readable) -> Non
     piece: Any = prefix
     while piece:
         builder.feed(piece)
-        piece = readable.read(PIECE_SIZE)
+        piece = read_piece(readable, PIECE_SIZE)
 
 
 class Rejoined:
@@ -151,7 +159,7 @@ class Rejoined:
         if self._prefix:
             data, self._prefix = self._prefix[:size], self._prefix[size:]
         else:
-            data = self._readable.read(size)
+            data = read_piece(self._readable, size)
         self.tail = (self.tail + data[-64:])[-64:]
         return data
 
@@ -168,7 +176,12 @@ def feed_compressed(builder: LayerBuilder, prefix: bytes, readable: Readable, ki
     if builder.toc_seen and not has_footer(rejoined.tail):
         raise SourceError(
             f"{name}: holds stargz.index.json, a name reserved by the eStargz format; "
-            "rename it, or use --compression gzip"
+            "rename it, or decompress the input and use --compression gzip"
+        )
+    if kind == "gzip" and not builder.toc_seen and has_footer(rejoined.tail):
+        raise SourceError(
+            f"{name}: is an eStargz blob whose tar ends in bytes that hide where its table of contents begins; "
+            "build from what estargz unpack writes"
         )
 
 
@@ -195,6 +208,8 @@ def open_source(
     """
     if lower is not None and overlay_lower is not None:
         raise UsageError("give either a lower directory or an overlay's lower directories, not both")
+    if epoch is not None and not -(2**63) <= epoch < 2**63:
+        raise UsageError(f"{epoch} is no time: the upper bound of modification times is a number of seconds")
     if isinstance(source, str | os.PathLike):
         if os.path.isdir(source) or ((lower is not None or overlay_lower is not None) and not os.path.exists(source)):
             lowers = list(overlay_lower) if overlay_lower is not None else [lower] if lower is not None else []
