@@ -8,6 +8,7 @@ from estargz._rows cimport EST_NO_MEMORY, EST_OK, chunk_row, tar_entry, toc_row
 
 cdef int64_t YEAR_ONE = -62135596800    # what Go takes for "no time"
 cdef int64_t SECONDS_PER_DAY = 86400
+cdef int64_t FIRST_ERA = 730692556      # eras of 400 years before the year 0 where Go's calendar begins
 
 cdef const char *HEX = "0123456789abcdef"
 cdef const char *BASE64 = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
@@ -22,7 +23,7 @@ cdef void toc_free(toc_table *table) noexcept nogil:
 # ------------------------------------------------------------------------------------------------- entry -> row
 
 cdef void round_mtime(const tar_entry *entry, toc_row *row) noexcept nogil:
-    row.has_mtime = entry.mtime_s != 0 and entry.mtime_s != YEAR_ONE
+    row.has_mtime = entry.mtime_s != 0 and (entry.mtime_s != YEAR_ONE or entry.mtime_ns != 0)
     row.mtime_s = entry.mtime_s + (1 if entry.mtime_ns >= 500000000 else 0)
 
 
@@ -97,15 +98,13 @@ cdef void put_padded(buffer *out, int64_t value, int width) noexcept nogil:
 
 
 cdef void put_time(buffer *out, int64_t seconds) noexcept nogil:
-    # Days to a civil date in the proleptic Gregorian calendar: eras of 400 years that begin on the 1st of March.
-    cdef int64_t days = seconds // SECONDS_PER_DAY
-    cdef int64_t second = seconds - days * SECONDS_PER_DAY
-    if second < 0:
-        second += SECONDS_PER_DAY
-        days -= 1
-    cdef int64_t shifted = days + 719468
-    cdef int64_t era = (shifted if shifted >= 0 else shifted - 146096) // 146097
-    cdef int64_t day_of_era = shifted - era * 146097
+    # Days to a civil date in the proleptic Gregorian calendar: eras of 400 years that begin on the 1st of March. As Go
+    # does, counts from an era so long ago that all is positive; the few earlier times wrap around.
+    cdef uint64_t since = <uint64_t>seconds + (<uint64_t>FIRST_ERA * 146097 + 719468) * <uint64_t>SECONDS_PER_DAY
+    cdef int64_t days = since // <uint64_t>SECONDS_PER_DAY
+    cdef int64_t second = since % <uint64_t>SECONDS_PER_DAY
+    cdef int64_t era = days // 146097 - FIRST_ERA
+    cdef int64_t day_of_era = days % 146097
     cdef int64_t year_of_era = (day_of_era - day_of_era // 1460 + day_of_era // 36524 - day_of_era // 146096) // 365
     cdef int64_t day_of_year = day_of_era - (365 * year_of_era + year_of_era // 4 - year_of_era // 100)
     cdef int64_t month_from_march = (5 * day_of_year + 2) // 153

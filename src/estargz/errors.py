@@ -63,7 +63,8 @@ class VerificationError(BlobError):
 
 
 # status code (ext/estargz/status.h) -> (exception, message, remedy)
-# {name} is the entry or path, {offset} the byte offset in the input, {cause} the system's text for errno.
+# {name} is the entry or path, {offset} the byte offset in the input, {at} the same in brackets if there is one,
+# {cause} the system's text for errno.
 _STATUS: dict[int, tuple[type[EstargzError], str, str]] = {
     -2: (EstargzError, "the build was cancelled", ""),
     -10: (SourceError, "{name}: cannot be opened: {cause}", "check that it exists and is readable"),

@@ -189,7 +189,7 @@ def clean_name(name: str) -> str:
     return "/".join(parts)
 
 
-_MODTIME = re.compile(r"(\d{4,})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.0+)?(?:Z|([+-])(\d\d):(\d\d))")
+_MODTIME = re.compile(r"(-?\d{4,})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.0+)?(?:Z|([+-])(\d\d):(\d\d))")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _CYCLE_YEARS, _CYCLE_SECONDS = 400, 146_097 * 86_400  # the Gregorian calendar repeats
 
