@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
 
 SOURCES = Path("ext/estargz")
+THREADS = os.cpu_count() or 1
 
 # library, as pkg-config knows it -> Debian package that brings it
 PACKAGES = {
@@ -35,23 +38,27 @@ STAGES: dict[str, tuple[list[str], list[str]]] = {
 }
 
 
-def pkg_config(*arguments: str) -> list[str]:
-    return subprocess.run(
-        ["pkg-config", *arguments], check=True, capture_output=True, text=True
-    ).stdout.split()
+def pkg_config(option: str, libraries: list[str]) -> list[str]:
+    if not libraries:
+        return []
+    command = ["pkg-config", option, *libraries]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
 
 
-def require_libraries() -> None:
-    """Stop with one message that names every package that is missing."""
+def missing_packages() -> list[str]:
+    """Debian's names of what is not there. Without pkg-config no library can be found, so all of them count."""
+    missing = []
+    compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")[0]
+    if shutil.which(compiler) is None:
+        missing += ["gcc", "libc6-dev"]
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        missing.append("python3-dev")
     if shutil.which("pkg-config") is None:
-        sys.exit("estargz needs pkg-config to find its libraries: apt-get install pkg-config " + " ".join(PACKAGES.values()))
-    missing = [
-        package
-        for library, package in PACKAGES.items()
-        if subprocess.run(["pkg-config", "--exists", library]).returncode
-    ]
-    if missing:
-        sys.exit("estargz needs system libraries that are missing: apt-get install " + " ".join(missing))
+        return [*missing, "pkg-config", *PACKAGES.values()]
+    for library, package in PACKAGES.items():
+        if subprocess.run(["pkg-config", "--exists", library]).returncode:
+            missing.append(package)
+    return missing
 
 
 def extension(stage: str, libraries: list[str], sources: list[str]) -> Extension:
@@ -59,8 +66,8 @@ def extension(stage: str, libraries: list[str], sources: list[str]) -> Extension
         f"estargz.{stage}",
         [str(SOURCES / f"{stage}.pyx"), *(str(SOURCES / name) for name in sources)],
         include_dirs=[str(SOURCES)],
-        extra_compile_args=["-O3", "-std=gnu11", "-pthread", *(pkg_config("--cflags", *libraries) if libraries else [])],
-        extra_link_args=["-pthread", *(pkg_config("--libs", *libraries) if libraries else [])],
+        extra_compile_args=["-O3", "-std=gnu11", "-pthread", *pkg_config("--cflags", libraries)],
+        extra_link_args=["-pthread", *pkg_config("--libs", libraries)],
         depends=[str(path) for path in SOURCES.glob("*.h")],
     )
 
@@ -68,12 +75,14 @@ def extension(stage: str, libraries: list[str], sources: list[str]) -> Extension
 def extensions() -> list[Extension]:
     from Cython.Build import cythonize
 
-    require_libraries()
+    missing = missing_packages()
+    if missing:
+        sys.exit(f"estargz: what it is compiled with is missing: apt-get install {' '.join(missing)}")
     return cythonize(
         [extension(stage, *needs) for stage, needs in STAGES.items()],
         include_path=["ext"],
         build_dir="build/cython",
-        nthreads=0 if sys.platform != "linux" else (os.cpu_count() or 1),
+        nthreads=THREADS,
         compiler_directives={
             "language_level": "3",
             "boundscheck": False,
@@ -85,4 +94,4 @@ def extensions() -> list[Extension]:
     )
 
 
-setup(ext_modules=extensions())
+setup(ext_modules=extensions(), options={"build_ext": {"parallel": THREADS}})

@@ -53,6 +53,13 @@ cdef enum:
     GZIP_HEADER_SIZE = 10
     GZIP_TRAILER_SIZE = 8
 
+# A run of chunks of one file within a batch.
+ctypedef struct file_part:
+    sha256_job job
+    int64_t row
+    bint last
+    size_t next         # index of the chunk behind it
+
 cdef int64_t LISTEN_EVERY_NS = 100000000    # how often the caller looks for signals and reports progress
 cdef uint8_t GZIP_HEADER[10]
 GZIP_HEADER[:] = [0x1F, 0x8B, 8, 0, 0, 0, 0, 0, 0, 0xFF]
@@ -465,8 +472,9 @@ cdef class Pipeline:
 
     cdef void hash_in_order(self, batch *b) noexcept nogil:
         """The hashes that run over the whole stream: DiffID, blob, and the table of contents while it passes."""
-        cdef sha256_job jobs[3]
+        cdef sha256_job jobs[4]
         cdef size_t count = 0
+        cdef file_part part
         # Every batch before this one is hashed, and workers take the stream's hash only for the batch it has come to:
         # which is this one, if its worker has not done it.
         if not b.tar_hashed:
@@ -484,6 +492,13 @@ cdef class Pipeline:
             jobs[count].data = b.raw + b.digest_from
             jobs[count].size = b.digest_end - b.digest_from
             count += 1
+        part.next = 0
+        while next_file_part(self, b, &part):
+            jobs[count] = part.job
+            sha256_run(jobs, count + 1)
+            count = 0
+            if part.last:
+                sha256_finish(&self.file_hash, (<toc_row *>self.table.rows.data + part.row).digest)
         sha256_run(jobs, count)
         if not b.tar_hashed:
             self.return_tar_hash(b)
@@ -618,7 +633,6 @@ cdef int record_chunk(Pipeline p, batch *b, const chunk_span *chunk) noexcept no
     cdef int64_t offset = p.blob_size + (members[chunk.member - 1].out_end if chunk.member else 0)
     cdef int64_t inner_offset = chunk.raw_at - members[chunk.member].raw_at
     cdef chunk_row place
-    cdef sha256_job job
     if chunk.chunk_offset == 0:
         row.offset = offset
         row.inner_offset = inner_offset
@@ -629,22 +643,38 @@ cdef int record_chunk(Pipeline p, batch *b, const chunk_span *chunk) noexcept no
         return EST_OK
     if chunk.chunk_offset == 0:
         row.first_chunk = p.table.chunks.size // sizeof(chunk_row)
-        sha256_start(&p.file_hash)
     row.chunk_count += 1
     place.offset = offset
     place.inner_offset = inner_offset
     place.chunk_offset = chunk.chunk_offset
     place.chunk_size = chunk.size
     memcpy(place.digest, chunk.digest, 32)
-    if not buffer_append(&p.table.chunks, &place, sizeof(place)):
-        return EST_NO_MEMORY
-    job.stream = &p.file_hash
-    job.data = b.raw + chunk.raw_at
-    job.size = chunk.size
-    sha256_run(&job, 1)
-    if chunk.last:
-        sha256_finish(&p.file_hash, row.digest)
-    return EST_OK
+    return EST_OK if buffer_append(&p.table.chunks, &place, sizeof(place)) else EST_NO_MEMORY
+
+
+cdef bint next_file_part(Pipeline p, batch *b, file_part *part) noexcept nogil:
+    """The batch's next run of chunks of one file that has several: its digest runs over all of them, in order."""
+    cdef const chunk_span *chunks = <chunk_span *>b.chunks.data
+    cdef size_t count = b.chunks.size // sizeof(chunk_span)
+    cdef size_t i = part.next
+    if not p.keep_rows:
+        return False
+    while i < count and chunks[i].only:
+        i += 1
+    if i == count:
+        return False
+    if chunks[i].chunk_offset == 0:
+        sha256_start(&p.file_hash)
+    part.row = chunks[i].row
+    part.job.stream = &p.file_hash
+    part.job.data = b.raw + chunks[i].raw_at
+    part.job.size = 0
+    while i < count and chunks[i].row == part.row:      # nothing lies between the chunks of one file
+        part.job.size += chunks[i].size
+        part.last = chunks[i].last
+        i += 1
+    part.next = i
+    return True
 
 
 # ------------------------------------------------------------------------------------------------- files

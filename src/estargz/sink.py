@@ -81,9 +81,7 @@ class PathSink:
         try:
             if not self._in_place:
                 os.fsync(self.fd)
-                if self._temporary is None:
-                    self._give_name(self._temporary_path())
-                os.replace(self._temporary, self.path)
+                os.replace(self._temporary or self._give_name(self._temporary_path()), self.path)
                 self._temporary = None
                 self._sync_folder()
             os.close(self.fd)
@@ -91,7 +89,7 @@ class PathSink:
             self.discard()
             raise self._error(error) from error
 
-    def _give_name(self, temporary: Path) -> None:
+    def _give_name(self, temporary: Path) -> Path:
         # Naming a nameless file means following /proc's link, which os.link does only when it is given a handle.
         folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -99,6 +97,7 @@ class PathSink:
         finally:
             os.close(folder)
         self._temporary = temporary
+        return temporary
 
     def _sync_folder(self) -> None:
         folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)

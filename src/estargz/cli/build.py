@@ -21,7 +21,7 @@ from estargz.layer import MEDIA_TYPES, Layer
 from estargz.options import DEFAULT_CHUNK_SIZE, DEFAULT_LEVEL, MAX_LEVEL, Progress, parse_size
 
 
-class Size(click.ParamType):
+class Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.5 only
     """Bytes, or a number with KiB, MiB, GiB."""
 
     name = "size"
@@ -99,13 +99,13 @@ def command(
 
 def standard_input() -> BinaryIO:
     # Unbuffered, so that the kernels read from the descriptor themselves.
-    return io.FileIO(sys.stdin.fileno(), "rb", closefd=False)  # type: ignore[return-value]
+    return io.FileIO(sys.stdin.fileno(), "rb", closefd=False)
 
 
 def standard_output() -> BinaryIO:
     if sys.stdout.isatty():
         raise UsageError("a layer is not written to a terminal; redirect standard output, or name a file")
-    return io.FileIO(sys.stdout.fileno(), "wb", closefd=False)  # type: ignore[return-value]
+    return io.FileIO(sys.stdout.fileno(), "wb", closefd=False)
 
 
 def epoch_from_environment() -> int | None:
