@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import itertools
 import json
 import os
 import random
@@ -20,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference.blobs import tar_of
 from reference.peer import run
-from reference.tar_headers import GNU, V7, meta, padded, plain_header
+from reference.tar_headers import GNU, V7, meta, plain_header
 from tars import END, base256, entry, everything, field_width, go_toc, judge, sha256, unpacked
 from trees import Tree
 
@@ -66,7 +67,7 @@ def compare(peer: Path, folder: Path, tar: bytes, *, chunk_size: int = 4 << 20, 
 
 
 def toc_header(blob: Path, tar: bytes, toc: bytes) -> bytes:
-    """Everything of the uncompressed stream behind the tar but the table's text; sizes may differ, so they are blanked."""
+    """The header in front of the table's text, whose size may differ; what follows the text is checked."""
     rest = gzip.decompress(blob.read_bytes())[len(tar) :]
     size, checksum = slice(124, 136), slice(148, 156)
     header = bytearray(rest[:512])
@@ -128,7 +129,9 @@ def test_odd_names(peer: Path, tmp_path: Path, where: str) -> None:
 def test_every_two_bytes(peer: Path, tmp_path: Path) -> None:
     """All pairs of bytes as names, which covers the decoder's states."""
     lead = [*range(0x0, 0x30, 5), 0x3C, 0x5C, 0x7F, 0x80, 0xA8, 0xBF, *range(0xC0, 0x100)]
-    names = [bytes([a or 1, b or 1]) + b"\xa8z" for a in lead for b in (1, 0x22, 0x7F, 0x80, 0x9F, 0xA0, 0xBF, 0xC2, 0xFF)]
+    names = [
+        bytes([a or 1, b or 1]) + b"\xa8z" for a in lead for b in (1, 0x22, 0x7F, 0x80, 0x9F, 0xA0, 0xBF, 0xC2, 0xFF)
+    ]
     compare(peer, tmp_path, b"".join(plain_header(b"n/" + name) for name in names) + END)
 
 
@@ -170,7 +173,17 @@ def test_times_in_headers(peer: Path, tmp_path: Path) -> None:
 
 def test_owner_names(peer: Path, tmp_path: Path) -> None:
     """A name is stated when it is not the last one stated for its number."""
-    owners = [(1, b"a"), (1, b"a"), (1, b"b"), (1, b""), (1, b"b"), (2, b"a"), (1, b"a"), (2, b"<\xff>"), (1, b"n" * 32)]
+    owners = [
+        (1, b"a"),
+        (1, b"a"),
+        (1, b"b"),
+        (1, b""),
+        (1, b"b"),
+        (2, b"a"),
+        (1, b"a"),
+        (2, b"<\xff>"),
+        (1, b"n" * 32),
+    ]
     parts = [
         entry(b"%d" % i, uid=b"%07o\0" % number, user_name=name, group_name=name[::-1], gid=b"%07o\0" % (number // 2))
         for i, (number, name) in enumerate(owners)
@@ -304,13 +317,15 @@ def test_minimum_chunk_size(peer: Path, tmp_path: Path, minimum: int, chunk_size
     data = blob.read_bytes()
     with estargz.open(blob) as opened:
         members = {item.offset for item in opened.entries if item.size}
-        chunks = [(item.name, chunk) for item in opened.entries if item.type == "reg" for chunk in opened.chunks(item.name)]
+        chunks = [
+            (item.name, chunk) for item in opened.entries if item.type == "reg" for chunk in opened.chunks(item.name)
+        ]
         for name, chunk in chunks:
             inflated = gzip.GzipFile(fileobj=io.BytesIO(data[chunk.offset : chunk.end])).read()
             part = inflated[chunk.inner_offset : chunk.inner_offset + chunk.size]
             assert sha256(part) == chunk.digest, name
         begun = sorted({chunk.offset for _, chunk in chunks})
-    for first, second in zip(begun, begun[1:], strict=False):
+    for first, second in itertools.pairwise(begun):
         assert len(gzip.decompress(data[first:second])) >= minimum
     if minimum > 1 << 19:
         assert len(members) == 1
@@ -371,7 +386,13 @@ def oci_layout(folder: Path, layer: Layer, blob: bytes) -> str:
 
     put(blob, layer.media_type)
     rootfs = {"type": "layers", "diff_ids": [layer.diff_id]}
-    image = {"architecture": "amd64", "os": "linux", "config": {}, "rootfs": rootfs, "history": [{"created_by": "test"}]}
+    image = {
+        "architecture": "amd64",
+        "os": "linux",
+        "config": {},
+        "rootfs": rootfs,
+        "history": [{"created_by": "test"}],
+    }
     config = put(json.dumps(image).encode(), "application/vnd.oci.image.config.v1+json")
     manifest = {"schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json"}
     manifest |= {"config": config, "layers": [layer.descriptor()]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import functools
 import gc
 import gzip
 import hashlib
@@ -25,7 +26,19 @@ import zstandard
 from conftest import missing
 from reference.blobs import legacy_footer, member, tar_of, toc_tar
 from reference.tar_headers import meta, padded, pax, plain_header, raw_header, record
-from tars import END, base256, blob_of, check_layer, entry, everything, in_thread, judge, nothing_leaks, sha256, unpacked
+from tars import (
+    END,
+    base256,
+    blob_of,
+    check_layer,
+    entry,
+    everything,
+    in_thread,
+    judge,
+    nothing_leaks,
+    sha256,
+    unpacked,
+)
 
 import estargz
 from estargz import Compressor, EstargzError, Layer, SinkError, SourceError, TarError, UsageError, Writer
@@ -36,7 +49,10 @@ RNG = random.Random(7)
 TAR = everything() + END
 SMALL = entry(b"a", b"x" * 700) + entry(b"b/", type=b"5") + entry(b"b/c", b"y", (b"mtime", b"1.5")) + END
 MIXED = tar_of(
-    *((f"f{i}", RNG.randbytes(RNG.randrange(9000)) if i % 3 else b"text %d\n" % i * RNG.randrange(900)) for i in range(90))
+    *(
+        (f"f{i}", RNG.randbytes(RNG.randrange(9000)) if i % 3 else b"text %d\n" % i * RNG.randrange(900))
+        for i in range(90)
+    )
 )
 
 
@@ -198,6 +214,7 @@ def test_directory_as_a_tar_stream(tmp_path: Path) -> None:
 # --- lossless
 
 
+@functools.cache
 def endings() -> dict[str, bytes]:
     body = everything()
     return {
@@ -211,9 +228,9 @@ def endings() -> dict[str, bytes]:
         "odd zeros": body + END + bytes(77),
         "entries behind the end": body + END + entry(b"hidden", b"x") + END,
         "nothing but the end": END,
-        "only payload": entry(b"f", RNG.randbytes(3_000_000)),
-        "much garbage": body + END + RNG.randbytes(3_000_000),
-        "many directories": b"".join(entry(b"d%d/" % i, type=b"5") for i in range(5000)) + END,
+        "only payload": entry(b"f", RNG.randbytes(1_500_000)),
+        "much garbage": body + END + RNG.randbytes(512 * 5000),
+        "many directories": b"".join(entry(b"d%d/" % i, type=b"5") for i in range(3000)) + END,
     }
 
 
@@ -329,7 +346,9 @@ def test_the_reserved_name(name: bytes) -> None:
     assert layer.diff_id == sha256(bad)
 
 
-@pytest.mark.parametrize("name", [b"dir/stargz.index.json", b"stargz.index.jso", b"stargz.index.json.", b"x/../y/stargz.index.json"])
+@pytest.mark.parametrize(
+    "name", [b"dir/stargz.index.json", b"stargz.index.jso", b"stargz.index.json.", b"x/../y/stargz.index.json"]
+)
 def test_names_that_look_like_the_reserved_one(name: bytes) -> None:
     blob_of(FRONT + entry(name, b"{}") + END)
 
@@ -354,7 +373,8 @@ def test_bad_checksum() -> None:
 
 
 @pytest.mark.parametrize(
-    "size", [b"-0000000001\0", base256(-1, 12), base256(2**62 + 1, 12), base256(2**63 - 1, 12), b"\xff" * 12, b"0000000009x\0"]
+    "size",
+    [b"-0000000001\0", base256(-1, 12), base256(2**62 + 1, 12), base256(2**63 - 1, 12), b"\xff" * 12, b"0000000009x\0"],
 )
 def test_sizes_that_are_none(size: bytes) -> None:
     refused(FRONT + plain_header(b"huge", size=size) + END, f"^huge: bad number in the header at byte {len(FRONT)}")
@@ -438,7 +458,9 @@ def test_truncation_anywhere(kind: str) -> None:
 
 
 def test_truncation_names_the_entry() -> None:
-    refused(entry(b"first", b"x") + entry(b"second", b"y" * 5000)[:3000], "^second: .* at byte 4024; the input is truncated")
+    refused(
+        entry(b"first", b"x") + entry(b"second", b"y" * 5000)[:3000], "^second: .* at byte 4024; the input is truncated"
+    )
 
 
 @pytest.mark.parametrize("kind", ["gzip", "gzip of two members", "zstd", "zstd of two frames", "estargz"])
@@ -451,7 +473,7 @@ def test_compressed_input_that_is_cut(kind: str) -> None:
             try:
                 layer, _ = blob_of(data[:cut], threads=1)
             except SourceError as error:
-                assert "early" in str(error) or "reserved" in str(error), error
+                assert any(word in str(error) for word in ("early", "reserved", "garbage")), error
             else:  # cut between two members or frames, and there the tar could end
                 assert "two" in kind or kind == "estargz"
                 assert layer.uncompressed_size >= 512
@@ -756,7 +778,7 @@ def test_destination_objects() -> None:
         assert bytes(partial.data) == blob
         assert not partial.closed
     keeper = Keeper()
-    estargz.build(io.BytesIO(MIXED), keeper, threads=3, memory=12 << 20)
+    estargz.build(io.BytesIO(MIXED), keeper, threads=3, memory=24 << 20)
     assert b"".join(keeper.parts) == blob
 
 

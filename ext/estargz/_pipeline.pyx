@@ -259,6 +259,7 @@ cdef class Pipeline:
     def close(self, bint cancel=False):
         """Ends and joins the workers. cancel: unfinished batches are dropped."""
         cdef est_failure cancelled
+        cdef int i
         if cancel:
             memset(&cancelled, 0, sizeof(cancelled))
             cancelled.code = EST_CANCELLED
@@ -269,6 +270,8 @@ cdef class Pipeline:
         for thread in self.started:
             thread.join()
         self.started = []
+        for i in range(self.worker_count):  # at once: the traceback of a failure may keep this object for long
+            directory_cache_close(&self.workers[i].directory)
 
     def raise_failure(self):
         """Raises what went wrong; call it after close."""

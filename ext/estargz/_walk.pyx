@@ -176,6 +176,8 @@ cdef class TreeWalk:
         cdef int code
         with nogil:
             code = self.walk()
+            while self.frames.size:  # left open by a failure, whose traceback may keep this object for long
+                self.leave()
             if not code:
                 code = self.builder.end_archive()
         if code:

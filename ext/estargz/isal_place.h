@@ -12,6 +12,7 @@
 #include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <sys/mman.h>
 
 #ifndef MAP_FIXED_NOREPLACE
@@ -27,25 +28,37 @@ static uint32_t est_crc32c(uint32_t word) {
     return word;
 }
 
+#define ATTEMPTS 256                /* places that may be taken already before memory counts as exhausted */
+
+#if defined(__x86_64__)
 /* Zero-filled memory of `size` bytes, or NULL. Any thread; freed by est_unplace. */
 static void *est_place(size_t size) {
     static _Atomic uint32_t next_page = FIRST_PAGE;
-    for (;;) {
+    for (int attempt = 0; attempt < ATTEMPTS;) {
         uint32_t page = atomic_fetch_add(&next_page, 1);
         if (page >= LAST_PAGE) {
             atomic_store(&next_page, FIRST_PAGE);
-            return NULL;
+            continue;
         }
         if (est_crc32c(page) & ((1u << HASH_BITS) - 1)) continue;
+        attempt++;
         void *wanted = (void *)((uintptr_t)page << 16);
         void *got = mmap(wanted, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
         if (got == wanted) return got;
         if (got != MAP_FAILED) munmap(got, size); /* a kernel before 4.17 takes the address for a hint */
     }
+    return NULL;
 }
 
 static void est_unplace(void *memory, size_t size) {
     if (memory) munmap(memory, size);
 }
+#else
+static void *est_place(size_t size) { return calloc(1, size); }
+static void est_unplace(void *memory, size_t size) {
+    (void)size;
+    free(memory);
+}
+#endif
 
 #endif

@@ -63,10 +63,11 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_LAZY[name]), name)
+    module = import_module(_LAZY[name])
     # Importing a submodule binds its own name here; the function of that name is what the package offers.
-    globals()[name] = value
-    return value
+    offered = {other: getattr(module, other) for other, home in _LAZY.items() if home == module.__name__}
+    globals().update(offered)
+    return offered[name]
 
 
 def __dir__() -> list[str]:

@@ -6,6 +6,7 @@ import io
 import os
 import stat
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -57,11 +58,14 @@ class PathSink:
             self._in_place = True
             return os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
         try:
+            os.stat("/proc/self/fd")  # the only way to name the file later
             return os.open(self.path.parent, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o666)
         except OSError:
             # Not every file system has nameless files; if the folder is what is wrong, this says so.
-            self._temporary = self._temporary_path()
-            return os.open(self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            temporary = self._temporary_path()
+            fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            self._temporary = temporary
+            return fd
 
     def _temporary_path(self) -> Path:
         return self.path.with_name(f".estargz-{os.urandom(8).hex()}.tmp")
@@ -108,10 +112,8 @@ class PathSink:
 
     def discard(self) -> None:
         """Leaves nothing behind."""
-        try:
+        with suppress(OSError):
             os.close(self.fd)
-        except OSError:
-            pass
         if self._temporary is not None:
             self._temporary.unlink(missing_ok=True)
             self._temporary = None

@@ -1,0 +1,183 @@
+"""Options, sizes, and the share of the machine that is ours."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from estargz import UsageError, options
+from estargz.options import Options, parse_size, usable_threads
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("0", 0),
+        ("1", 1),
+        (" 42 ", 42),
+        ("4096", 4096),
+        ("1b", 1),
+        ("1B", 1),
+        ("1k", 1 << 10),
+        ("1K", 1 << 10),
+        ("1kb", 1 << 10),
+        ("1KiB", 1 << 10),
+        ("1 KiB", 1 << 10),
+        ("3m", 3 << 20),
+        ("3MB", 3 << 20),
+        ("4MiB", 4 << 20),
+        ("2g", 2 << 30),
+        ("2GiB", 2 << 30),
+        ("1tib", 1 << 40),
+        ("007k", 7 << 10),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", " ", "k", "-1", "+1", "1.5M", "1e3", "0x10", "1 2", "1kk", "1ki", "1p", "MiB", "1_000", "٣", "9" * 5000],
+)
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(UsageError, match=r"is no size: give bytes, or a number with KiB, MiB or GiB$"):
+        parse_size(text)
+
+
+RANGES: dict[str, tuple[list[Any], list[Any]]] = {
+    "compression": (["estargz", "gzip", "uncompressed"], ["zstd", "", "ESTARGZ", None]),
+    "level": ([0, 12], [-1, 13, 2.0, "2", True, None]),
+    "chunk_size": ([1, 4096, 1 << 30], [0, -1, (1 << 30) + 1, 1.5, None]),
+    "min_chunk_size": ([0, 1, 1 << 30], [-1, (1 << 30) + 1, None]),
+    "threads": ([None, 1, 1024], [0, -1, 1025, 1.0, "4", True]),
+    "memory": ([None, 1, 1 << 50], [0, -1, (1 << 50) + 1, "1g"]),
+}
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_ranges(name: str) -> None:
+    right, wrong = RANGES[name]
+    for value in right:
+        Options(**{name: value})
+    for value in wrong:
+        with pytest.raises(UsageError) as caught:
+            Options(**{name: value})
+        assert repr(value) in str(caught.value)
+
+
+def test_wrong_options_are_value_errors() -> None:
+    with pytest.raises(ValueError, match="from 0 to 12"):
+        Options(level=99)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 64, 1024])
+@pytest.mark.parametrize("chunks", [(4 << 20, 0), (1, 0), (1 << 29, 0), (1 << 20, 1 << 29), (1, 1 << 30)])
+def test_memory_by_default_is_enough(threads: int, chunks: tuple[int, int]) -> None:
+    """Two batches per thread at least, as large as the chunks demand."""
+    arguments = Options(threads=threads, chunk_size=chunks[0], min_chunk_size=chunks[1]).kernel_arguments()
+    batch = sum(chunks) + (1 << 20) + (1 << 16) + (1 << 20)
+    assert arguments["memory"] >= 2 * batch * max(2, threads)
+    assert arguments["threads"] == threads
+
+
+# --- threads
+
+
+class Machine:
+    """A folder that takes the place of /proc and /sys."""
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        self.patch = patch
+        patch.setattr(options, "Path", lambda path: Path(f"{folder}{path}"))
+        self.cpus(64)
+
+    def cpus(self, count: int) -> None:
+        self.patch.setattr(os, "sched_getaffinity", lambda pid: set(range(count)))
+
+    def write(self, path: str, text: str) -> None:
+        target = Path(f"{self.folder}{path}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text)
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("count", [1, 3, 64])
+def test_affinity_without_cgroups(machine: Machine, count: int) -> None:
+    machine.cpus(count)
+    assert usable_threads() == count
+
+
+@pytest.mark.parametrize(
+    ("limit", "threads"),
+    [
+        ("max 100000", 64),
+        ("200000 100000", 2),
+        ("150000 100000", 2),
+        ("50000 100000", 1),
+        ("1000 100000", 1),
+        ("9999999 100000", 64),
+        ("25000 10000", 3),
+        ("nonsense", 64),
+        ("", 64),
+    ],
+)
+def test_cgroup_v2(machine: Machine, limit: str, threads: int) -> None:
+    machine.write("/proc/self/cgroup", "0::/user.slice/build\n")
+    machine.write("/sys/fs/cgroup/user.slice/build/cpu.max", limit + "\n")
+    assert usable_threads() == threads
+
+
+def test_cgroup_v2_inherits_the_tightest_limit(machine: Machine) -> None:
+    machine.write("/proc/self/cgroup", "0::/a/b/c\n")
+    machine.write("/sys/fs/cgroup/a/b/c/cpu.max", "800000 100000\n")
+    machine.write("/sys/fs/cgroup/a/b/cpu.max", "max 100000\n")
+    machine.write("/sys/fs/cgroup/a/cpu.max", "300000 100000\n")
+    assert usable_threads() == 3
+    machine.cpus(2)
+    assert usable_threads() == 2
+
+
+def test_cgroup_v2_at_its_root(machine: Machine) -> None:
+    """As a container sees its own."""
+    machine.write("/proc/self/cgroup", "0::/\n")
+    machine.write("/sys/fs/cgroup/cpu.max", "400000 100000\n")
+    assert usable_threads() == 4
+
+
+@pytest.mark.parametrize(("quota", "threads"), [("250000", 3), ("-1", 64), ("100000", 1), ("x", 64)])
+@pytest.mark.parametrize("controllers", ["cpu,cpuacct", "cpu"])
+def test_cgroup_v1(machine: Machine, quota: str, threads: int, controllers: str) -> None:
+    machine.write("/proc/self/cgroup", f"5:memory:/docker/7\n4:{controllers}:/docker/7\n3:cpuset:/docker/7\n")
+    machine.write("/sys/fs/cgroup/cpu/docker/7/cpu.cfs_quota_us", quota + "\n")
+    machine.write("/sys/fs/cgroup/cpu/docker/7/cpu.cfs_period_us", "100000\n")
+    machine.write("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "-1\n")
+    machine.write("/sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000\n")
+    assert usable_threads() == threads
+
+
+def test_cgroup_v1_in_a_container(machine: Machine) -> None:
+    """The path is the host's, which the container does not see; its own limits stand at the root."""
+    machine.write("/proc/self/cgroup", "4:cpu,cpuacct:/docker/0123\n1:name=systemd:/docker/0123\n0::/system.slice\n")
+    machine.write("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "200000\n")
+    machine.write("/sys/fs/cgroup/cpu/cpu.cfs_period_us", "100000\n")
+    assert usable_threads() == 2
+
+
+def test_other_controllers_do_not_count(machine: Machine) -> None:
+    machine.write("/proc/self/cgroup", "4:cpuset:/x\n")
+    machine.write("/sys/fs/cgroup/cpu/x/cpu.cfs_quota_us", "100000\n")
+    machine.write("/sys/fs/cgroup/cpu/x/cpu.cfs_period_us", "100000\n")
+    assert usable_threads() == 64
+
+
+def test_this_machine() -> None:
+    assert 1 <= usable_threads() <= len(os.sched_getaffinity(0))
