@@ -47,6 +47,7 @@ cdef class LayerBuilder:
     cdef int zero_blocks
     cdef bint stops_at_toc
     cdef readonly bint toc_seen
+    cdef readonly int64_t toc_left      # bytes of the input's own table that are still to come
     cdef int64_t input_offset       # bytes of input taken, up to `target`
 
     # Each answers EST_OK or a code; the failure is then kept and raised by finish or raise_failure.

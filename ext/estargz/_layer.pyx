@@ -102,7 +102,8 @@ cdef class LayerBuilder:
         self.chunk_size = chunk_size if self.keep_rows else PLAIN_MEMBER
         self.member_minimum = min_chunk_size if self.indexed else 0 if self.keep_rows else PLAIN_MEMBER
         self.member_maximum = self.member_minimum + self.chunk_size + RUN_LIMIT
-        capacity = self.member_maximum + (BATCH_TARGET if self.member_minimum else 0)
+        # A batch is closed when it has not room for the longest member that may come; small chunks must not close it early.
+        capacity = self.member_maximum + (BATCH_TARGET if self.member_minimum or self.chunk_size < BATCH_TARGET else 0)
         if capacity > 0x7FFFFFFF:
             raise UsageError("chunk size and minimum chunk size together exceed 2 GiB; choose smaller ones")
         slot_size = capacity * (2 if CODECS[compression] == CODEC_GZIP else 1)
@@ -350,7 +351,8 @@ cdef class LayerBuilder:
     def stop_at_toc(self):
         """Takes a table of contents in the input for its end: the input may be an eStargz blob's inflated bytes.
 
-        Whether it really is one only its footer tells; the caller looks at that, if `toc_seen` says so.
+        Whether it really is one only its footer tells, and that nothing but the table's own bytes came behind its
+        header: then `toc_left` is 0. The caller looks at both, if `toc_seen` says so.
         """
         self.stops_at_toc = True
 
@@ -404,7 +406,10 @@ cdef class LayerBuilder:
             code = self.expect(EXPECT_BLOCK, BLOCK)
             if code:
                 return code
-        while size and not self.toc_seen:
+        if self.toc_seen:
+            self.toc_left -= size
+            return EST_OK
+        while size:
             part = min(size, self.target_size - self.target_filled)
             memcpy(self.target + self.target_filled, data, part)
             self.target_filled += part
@@ -414,6 +419,9 @@ cdef class LayerBuilder:
                 code = self.target_full()
                 if code:
                     return code
+                if self.toc_seen:
+                    self.toc_left -= size
+                    break
         return EST_OK
 
     cdef int expect(self, int what, size_t size) noexcept nogil:
@@ -456,7 +464,8 @@ cdef class LayerBuilder:
             if padding:
                 return self.expect(EXPECT_PADDING, padding)
         elif self.expecting == EXPECT_TRAILER:
-            if self.stops_at_toc and memcmp(self.target, b"stargz.index.json", 18) == 0:
+            if (self.stops_at_toc and memcmp(self.target, b"stargz.index.json", 18) == 0
+                    and tar_parse_block(&self.parser, self.target) == TAR_ENTRY):
                 return self.take_toc()
             return self.expect(EXPECT_TRAILER, BLOCK)
         return self.expect(EXPECT_BLOCK, BLOCK)
@@ -464,6 +473,7 @@ cdef class LayerBuilder:
     cdef int take_toc(self) noexcept nogil:
         """The block at hand begins the input's own table of contents: neither belongs to the tar it was made from."""
         self.toc_seen = True
+        self.toc_left = self.parser.entry.size + padding_of(self.parser.entry.size) + 2 * BLOCK
         self.current.raw_size -= BLOCK
         self.run -= BLOCK
         return EST_OK

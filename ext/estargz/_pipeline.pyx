@@ -495,7 +495,7 @@ cdef class Pipeline:
             jobs[count].data = b.raw + b.digest_from
             jobs[count].size = b.digest_end - b.digest_from
             count += 1
-        part.next = 0
+        memset(&part, 0, sizeof(part))
         while next_file_part(self, b, &part):
             jobs[count] = part.job
             sha256_run(jobs, count + 1)

@@ -1,7 +1,7 @@
 """Container image layers that runtimes can pull lazily, built in one pass.
 
-    write: source -> tar headers and payloads -> batches -> members x threads -> sink -> table of contents -> Layer
-    read:  blob -> footer -> table of contents -> entry -> chunk -> member -> verified bytes
+write: source -> tar headers and payloads -> batches -> members x threads -> sink -> table of contents -> Layer
+read:  blob -> footer -> table of contents -> entry -> chunk -> member -> verified bytes
 """
 
 from __future__ import annotations

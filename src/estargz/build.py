@@ -71,7 +71,10 @@ def build(
     ):
         # Inflating or waiting for a pipe keeps the caller's thread busy; walking a tree does not.
         builder = LayerBuilder(
-            **options.kernel_arguments(), producer_helps=not isinstance(stream, TarSource), write=sink.target, output=sink.name
+            **options.kernel_arguments(),
+            producer_helps=not isinstance(stream, TarSource),
+            write=sink.target,
+            output=sink.name,
         )
         try:
             stream.fill(builder)

@@ -1,13 +1,13 @@
 """Every exception the package raises, and the one table from a kernel's status to its exception.
 
-    EstargzError                the base; ``exit_code`` is what the command line returns for it
-    |-- UsageError              an option or argument that cannot be honoured (also a ValueError)
-    |-- SourceError             the input tree or tar cannot become a layer
-    |   |-- ChangedError        a file grew, shrank or was replaced while it was read
-    |   `-- TarError            a malformed or unsupported tar stream
-    |-- SinkError               the output could not be written (also an OSError)
-    `-- BlobError               a blob that is not what it claims to be
-        `-- VerificationError   a digest, size or entry that does not match
+EstargzError                the base; ``exit_code`` is what the command line returns for it
+|-- UsageError              an option or argument that cannot be honoured (also a ValueError)
+|-- SourceError             the input tree or tar cannot become a layer
+|   |-- ChangedError        a file grew, shrank or was replaced while it was read
+|   `-- TarError            a malformed or unsupported tar stream
+|-- SinkError               the output could not be written (also an OSError)
+`-- BlobError               a blob that is not what it claims to be
+    `-- VerificationError   a digest, size or entry that does not match
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ class Options:
     compression: str = "estargz"
     """``estargz``, ``gzip`` or ``uncompressed``."""
     level: int = DEFAULT_LEVEL
-    """0..3: ISA-L's levels; 4..12: libdeflate's. Higher is smaller and slower."""
+    """0..3: ISA-L's levels; 4..12: libdeflate's. Higher is slower and, on ordinary trees, smaller."""
     chunk_size: int = DEFAULT_CHUNK_SIZE
     """Bytes of a file's payload per member, 1..2**30; eStargz only."""
     min_chunk_size: int = 0

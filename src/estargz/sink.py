@@ -43,7 +43,9 @@ class PathSink:
             raise self._error(error) from error
 
     def _error(self, error: OSError) -> SinkError:
-        wrapped = SinkError(f"{self.path}: cannot be written: {error.strerror}; free some space or check the destination")
+        wrapped = SinkError(
+            f"{self.path}: cannot be written: {error.strerror}; free some space or check the destination"
+        )
         wrapped.errno = error.errno
         return wrapped
 

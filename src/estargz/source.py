@@ -178,7 +178,7 @@ def feed_compressed(builder: LayerBuilder, prefix: bytes, readable: Readable, ki
             f"{name}: holds stargz.index.json, a name reserved by the eStargz format; "
             "rename it, or decompress the input and use --compression gzip"
         )
-    if kind == "gzip" and not builder.toc_seen and has_footer(rejoined.tail):
+    if kind == "gzip" and has_footer(rejoined.tail) and not (builder.toc_seen and builder.toc_left == 0):
         raise SourceError(
             f"{name}: is an eStargz blob whose tar ends in bytes that hide where its table of contents begins; "
             "build from what estargz unpack writes"

@@ -54,7 +54,10 @@ class Writer:
         self._sink = open_sink(dest)
         try:
             self._builder = LayerBuilder(
-                **self._options.kernel_arguments(), producer_helps=False, write=self._sink.target, output=self._sink.name
+                **self._options.kernel_arguments(),
+                producer_helps=False,
+                write=self._sink.target,
+                output=self._sink.name,
             )
         except BaseException:
             self._sink.discard()
