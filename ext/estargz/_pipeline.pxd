@@ -115,6 +115,7 @@ cdef class Pipeline:
     cdef int64_t progress_due_ns
 
     cdef int sink_fd                     # -1: none
+    cdef int64_t fd_written, fd_started  # bytes written to it, and of them those whose writeback was started
     cdef object sink_write               # or a callable
     cdef object sink_error
     cdef bytes output

@@ -2,7 +2,9 @@
 #ifndef ESTARGZ_FILES_H
 #define ESTARGZ_FILES_H
 
+#ifndef _GNU_SOURCE
 #define _GNU_SOURCE
+#endif
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/openat2.h>
@@ -21,6 +23,10 @@ static inline int est_openat2(int directory, const char *path, int flags) {
     struct open_how how = {
         .flags = (unsigned)flags, .resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS};
     return (int)syscall(SYS_openat2, directory, path, &how, sizeof how);
+}
+
+static inline void est_start_writeback(int handle, int64_t offset, int64_t size) {
+    (void)sync_file_range(handle, offset, size, SYNC_FILE_RANGE_WRITE);
 }
 
 /* The value of an extended attribute of directory/name itself, never of what a link points at: bytes, or -1 with errno.

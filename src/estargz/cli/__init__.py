@@ -82,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EstargzError as error:
         return _complain(str(error), error.exit_code)
     except OSError as error:
+        _flush_or_drop()
         return _complain(_system_message(error), 1)
     except MemoryError as error:
         return _complain(str(error) or "out of memory", 1)
@@ -102,6 +103,14 @@ def _system_message(error: OSError) -> str:
     if error.filename is None or error.strerror is None:
         return str(error)
     return f"{os.fsdecode(error.filename)}: {error.strerror}"
+
+
+def _flush_or_drop() -> None:
+    """What standard output cannot take now it will not take while shutting down either."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _silence()
 
 
 def _silence() -> int:
