@@ -29,9 +29,9 @@ from reference.blobs import (
 from reference.peer import report
 
 from estargz.errors import BlobError, UsageError, VerificationError
-from estargz.verify import Report, verify
+from estargz.verifying import Report, verify
 
-verify_module = import_module("estargz.verify")  # the package's attribute of this name is the function
+verify_module = import_module("estargz.verifying")  # the package's attribute of this name is the function
 RNG = random.Random(1889)
 Entries = list[dict[str, Any]]
 

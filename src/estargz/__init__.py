@@ -23,8 +23,8 @@ from estargz.layer import Layer
 
 if TYPE_CHECKING:
     from estargz.blob import Blob, open
-    from estargz.build import build
-    from estargz.verify import Report, verify
+    from estargz.building import build
+    from estargz.verifying import Report, verify
     from estargz.writer import Compressor, Writer
 
 __version__ = "0.1.0"
@@ -52,22 +52,20 @@ __all__ = [
 _LAZY = {
     "Blob": "estargz.blob",
     "Compressor": "estargz.writer",
-    "Report": "estargz.verify",
+    "Report": "estargz.verifying",
     "Writer": "estargz.writer",
-    "build": "estargz.build",
+    "build": "estargz.building",
     "open": "estargz.blob",
-    "verify": "estargz.verify",
+    "verify": "estargz.verifying",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = import_module(_LAZY[name])
-    # Importing a submodule binds its own name here; the function of that name is what the package offers.
-    offered = {other: getattr(module, other) for other, home in _LAZY.items() if home == module.__name__}
-    globals().update(offered)
-    return offered[name]
+    value = getattr(import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import click
 
-from estargz.build import build
+from estargz.building import build
 from estargz.errors import UsageError
 from estargz.layer import MEDIA_TYPES, Layer
 from estargz.options import DEFAULT_CHUNK_SIZE, DEFAULT_LEVEL, MAX_LEVEL, Progress, parse_size
