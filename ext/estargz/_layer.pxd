@@ -34,6 +34,9 @@ cdef class LayerBuilder:
     cdef buffer names
     cdef est_failure failure        # the producer's own
     cdef bint pieces_begun
+    cdef bint in_use
+    cdef public str input_name
+    cdef int take(self) except -1
 
     # the tar parser's state between two pieces of input
     cdef tar_parser parser
@@ -55,6 +58,7 @@ cdef class LayerBuilder:
     cdef int add_payload_file(self, const source_file *file) noexcept nogil
     cdef int add_payload_bytes(self, const uint8_t *data, size_t size) noexcept nogil
     cdef int end_archive(self) noexcept nogil
+    cdef bint attend(self) noexcept nogil
     cdef int set_failure(self, int code, int sys_errno, int64_t offset, const void *name, size_t size) noexcept nogil
 
     cdef uint8_t *header_space(self, size_t size) noexcept nogil

@@ -18,8 +18,8 @@ from libc.string cimport memcmp, memcpy, memset
 
 from posix.unistd cimport read
 
-from estargz._codec cimport CODEC_COPY, CODEC_GZIP, CODEC_NONE, LEVEL_MAX
-from estargz._memory cimport buffer, buffer_append, buffer_free, buffer_reserve, map_free, map_insert
+from estargz._codec cimport CODEC_COPY, CODEC_GZIP, CODEC_NONE
+from estargz._memory cimport buffer, buffer_append, buffer_free, map_free, map_insert
 from estargz._pipeline cimport BATCH_PIECE, Pipeline, batch, chunk_span, file_fill, member_span
 from estargz._rows cimport (
     EST_CANCELLED, EST_NO_MEMORY, EST_OK, EST_READ, EST_RESERVED_NAME, EST_SINK, EST_TAR_DANGLING_META,
@@ -31,15 +31,16 @@ from estargz._tar cimport (
 )
 from estargz._toc cimport toc_close, toc_entry, toc_open, toc_row_from_entry
 
-from estargz.errors import UsageError, from_status
+from estargz.errors import EstargzError, UsageError, from_status
 
 cdef enum:
     BLOCK = 512
-    BATCH_TARGET = 1 << 20              # a batch ends at the first member end behind this (bench/bench_layer.py)
+    BATCH_TARGET = 1 << 20              # a batch ends at the first member end behind this; 256 KiB to 1 MiB measure alike
     RUN_LIMIT = (1 << 20) + (1 << 16)   # more than the largest extended header
     PLAIN_MEMBER = 1 << 20              # member size of a plain gzip layer: 0.1 % larger than one single member
     PIECE_SIZE = 256 << 10              # of the table of contents, so that a small one still keeps several threads busy
     FOOTER_SIZE = 51
+    MEMBERS_MOST = 8192                 # in a batch: each costs up to MEMBER_OVERHEAD bytes of its output buffer
 
 # What the next input bytes of a tar stream are.
 cdef enum:
@@ -114,7 +115,7 @@ cdef class LayerBuilder:
                 f"give at least {2 * slot_size} bytes, or smaller chunks"
             )
         self.pipeline = Pipeline(CODECS[compression], level, capacity, min(slots, 4 * threads + 4), threads,
-                                 producer_helps, self.keep_rows, write, output, progress)
+                                 producer_helps, self.keep_rows, write, output, progress, MEMBERS_MOST)
         if tar_parser_init(&self.parser) != EST_OK:
             raise MemoryError
         self.parser_ready = True
@@ -151,7 +152,10 @@ cdef class LayerBuilder:
         """Ends the open member; ends the batch too when it is full or has not `room` for the next."""
         if self.current != NULL:
             self.close_member()
-            if self.current.raw_size >= BATCH_TARGET or self.current.raw_size + room > self.pipeline.raw_capacity:
+            if self.failure.code:
+                return self.failure.code
+            if (self.current.raw_size >= BATCH_TARGET or self.current.raw_size + room > self.pipeline.raw_capacity
+                    or self.current.members.size >= MEMBERS_MOST * sizeof(member_span)):
                 self.pipeline.submit(self.current)
                 self.current = NULL
         self.run = 0
@@ -311,12 +315,23 @@ cdef class LayerBuilder:
         memcpy(space, data, size)
         return self.end_payload(size)
 
+    cdef bint attend(self) noexcept nogil:
+        """Lets signals and progress through while a walk takes long; False: give up."""
+        return self.pipeline.attend()
+
     cdef int end_archive(self) noexcept nogil:
         cdef uint8_t *space = self.header_space(2 * BLOCK)
         if space == NULL:
             return EST_CANCELLED
         memset(space, 0, 2 * BLOCK)
         return EST_OK
+
+    cdef int take(self) except -1:
+        """One caller at a time: two would fill the same batch. To be given back by `self.in_use = False`."""
+        if self.in_use:
+            raise EstargzError("the layer is being written by another thread, or by its own destination")
+        self.in_use = True
+        return 0
 
     def add_small_file(self, bytes name, bytes payload):
         """A regular file with an all-zero header, such as a landmark; 0 < len(payload) <= chunk size."""
@@ -341,12 +356,16 @@ cdef class LayerBuilder:
         cdef int code
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         try:
-            with nogil:
-                code = self.feed_bytes(<const uint8_t *>view.buf, view.len)
+            self.take()
+            try:
+                with nogil:
+                    code = self.feed_bytes(<const uint8_t *>view.buf, view.len)
+                if code:
+                    self.raise_failure()
+            finally:
+                self.in_use = False
         finally:
             PyBuffer_Release(&view)
-        if code:
-            self.raise_failure()
 
     def stop_at_toc(self):
         """Takes a table of contents in the input for its end: the input may be an eStargz blob's inflated bytes.
@@ -521,7 +540,7 @@ cdef class LayerBuilder:
         self.pipeline.raise_failure()
         if self.failure.code == EST_SINK:
             raise self.pipeline.sink_error
-        name = self.failure.name[:self.failure.name_len].decode("utf-8", "backslashreplace")
+        name = self.failure.name[:self.failure.name_len].decode("utf-8", "backslashreplace") or self.input_name
         raise from_status(self.failure.code, self.failure.sys_errno, name, self.failure.offset)
 
     def finish(self):
@@ -530,9 +549,10 @@ cdef class LayerBuilder:
         with nogil:
             if self.current != NULL:
                 self.close_member()
+            if self.current != NULL and not self.failure.code:
                 self.pipeline.submit(self.current)
                 self.current = NULL
-            code = self.pipeline.drain()
+            code = self.failure.code if self.failure.code else self.pipeline.drain()
             if not code and self.indexed:
                 code = self.write_toc()
         if code or self.failure.code:

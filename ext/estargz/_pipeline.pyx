@@ -5,6 +5,8 @@ waits. The producer, which is the caller, joins that loop whenever no batch is f
 N threads are never more than N.
 """
 
+import os
+import stat as stat_module
 import threading
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
@@ -48,6 +50,13 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_cond_signal(pthread_cond_t *condition)
     int pthread_cond_broadcast(pthread_cond_t *condition)
 
+cdef extern from "<poll.h>" nogil:
+    enum: POLLOUT
+    struct pollfd:
+        int fd
+        short events
+    int poll(pollfd *fds, unsigned long count, int milliseconds)
+
 cdef extern from "files.h" nogil:
     void est_start_writeback(int handle, int64_t offset, int64_t size)
 
@@ -56,6 +65,8 @@ cdef enum:
     GZIP_HEADER_SIZE = 10
     GZIP_TRAILER_SIZE = 8
     WRITEBACK_STEP = 8 << 20
+    MEMBER_OVERHEAD = 64        # what a member costs beyond member_bound of all their bytes: header, trailer, block ends
+    PIPE_PIECE = 4096           # what a pipe takes without blocking once it is ready
 
 # A run of chunks of one file within a batch.
 ctypedef struct file_part:
@@ -95,12 +106,12 @@ cdef class Pipeline:
     """
 
     def __cinit__(self, int codec, int level, size_t raw_capacity, int64_t slot_count, int threads,
-                  bint producer_helps, bint keep_rows, write, str output, progress):
+                  bint producer_helps, bint keep_rows, write, str output, progress, size_t members_most):
         cdef int64_t i
         self.codec = codec
         self.level = level
         self.raw_capacity = raw_capacity
-        self.out_capacity = member_bound(raw_capacity) + PIECE_MARGIN
+        self.out_capacity = member_bound(raw_capacity) + PIECE_MARGIN + members_most * MEMBER_OVERHEAD
         self.threads = threads
         self.slot_count = slot_count
         self.producer_helps = producer_helps
@@ -111,6 +122,7 @@ cdef class Pipeline:
         self.progress_due_ns = monotonic_ns() + LISTEN_EVERY_NS
         self.sink_fd = write if isinstance(write, int) else -1
         self.sink_write = None if isinstance(write, int) else write
+        self.sink_is_file = self.sink_fd >= 0 and stat_module.S_ISREG(os.fstat(self.sink_fd).st_mode)
         self.output = output.encode("utf-8", "surrogateescape")
         self.failed_batch = -1
         sha256_start(&self.tar_hash)
@@ -153,6 +165,7 @@ cdef class Pipeline:
         """An empty batch, or NULL when the pipeline has failed. Works while it waits."""
         cdef batch *found = NULL
         cdef int64_t i
+        self.attend()
         pthread_mutex_lock(&self.lock)
         while not self.failure.code:
             if self.produced - self.sunk < self.slot_count and not (self.threads == 1 and self.producer_helps
@@ -214,6 +227,16 @@ cdef class Pipeline:
             until.tv_sec += 1
         pthread_cond_timedwait(&self.progress_made, &self.lock, &until)
 
+    cdef bint attend(self) noexcept nogil:
+        """`listen` for the producer between two batches."""
+        cdef bint go_on
+        if monotonic_ns() < self.progress_due_ns:
+            return True
+        pthread_mutex_lock(&self.lock)
+        go_on = self.listen()
+        pthread_mutex_unlock(&self.lock)
+        return go_on
+
     cdef bint listen(self) noexcept nogil:
         """Lets signal handlers and the progress callback run now and then; False once one of them has raised.
 
@@ -272,7 +295,8 @@ cdef class Pipeline:
         with nogil:
             self.stop()
         for thread in self.started:
-            thread.join()
+            if thread.ident is not None:
+                thread.join()
         self.started = []
         for i in range(self.worker_count):  # at once: the traceback of a failure may keep this object for long
             directory_cache_close(&self.workers[i].directory)
@@ -294,8 +318,8 @@ cdef class Pipeline:
         try:
             for i in range(1, self.worker_count):
                 thread = threading.Thread(target=self._run, args=(i,), name=f"estargz-{i}", daemon=True)
-                thread.start()
                 self.started.append(thread)
+                thread.start()
         except BaseException as error:
             self.interrupt = error
             set_failure(&self.failure, EST_CANCELLED, 0, -1, NULL, 0)
@@ -560,8 +584,17 @@ cdef class Pipeline:
 
     cdef int write_fd(self, const uint8_t *data, size_t size) noexcept nogil:
         cdef ssize_t written
+        cdef size_t piece
+        cdef int code
         while size:
-            written = write(self.sink_fd, data, size)
+            piece = size
+            if not self.sink_is_file:
+                # A reader that has stopped must not keep a cancelled build from ending.
+                code = self.wait_writable()
+                if code:
+                    return code
+                piece = min(size, <size_t>PIPE_PIECE)
+            written = write(self.sink_fd, data, piece)
             if written < 0 and errno != EINTR:
                 return EST_WRITE
             if written > 0:
@@ -573,6 +606,24 @@ cdef class Pipeline:
             est_start_writeback(self.sink_fd, self.fd_started, self.fd_written - self.fd_started)
             self.fd_started = self.fd_written
         return EST_OK
+
+    cdef int wait_writable(self) noexcept nogil:
+        cdef pollfd waiting
+        waiting.fd = self.sink_fd
+        waiting.events = POLLOUT
+        while poll(&waiting, 1, LISTEN_EVERY_NS // 1000000) <= 0:
+            if self.failure.code or not self.no_signal():
+                return EST_CANCELLED
+        return EST_OK
+
+    cdef bint no_signal(self) noexcept with gil:
+        """False once a signal handler has raised; only the main thread runs handlers."""
+        try:
+            PyErr_CheckSignals()
+        except BaseException as error:
+            self.interrupt = error
+            return False
+        return True
 
     cdef int write_object(self, const uint8_t *data, size_t size) noexcept with gil:
         # A copy: the writer may keep what it is given, and the batch will be used again.
@@ -697,6 +748,7 @@ cdef int fill_file(const file_fill *fill, batch *b, directory_cache *directory) 
     cdef size_t done = 0
     cdef ssize_t got
     cdef int code = EST_OK
+    cdef int kept_errno
     if handle < 0:  # it was there when it was listed
         return EST_REPLACED if errno == ENOENT or errno == ENOTDIR or errno == ELOOP else EST_OPEN
     while done < fill.size:
@@ -709,7 +761,9 @@ cdef int fill_file(const file_fill *fill, batch *b, directory_cache *directory) 
         done += got
     if code != EST_READ or errno == EISDIR or errno == ESPIPE:
         code = check_unchanged(handle, fill, code)
+    kept_errno = errno
     close(handle)
+    (&errno)[0] = kept_errno
     return code
 
 

@@ -260,6 +260,8 @@ cdef class TreeWalk:
         cdef bint has_lower = f.next_lower < name_count(&f.lower_names)
         cdef const char *name
         cdef int order
+        if not self.builder.attend():
+            return EST_CANCELLED
         self.path.size = f.path_size
         if not has_upper and not has_lower:
             self.leave()
@@ -539,6 +541,9 @@ cdef class TreeWalk:
         if a < 0 or b < 0:
             same = self.failed(EST_OPEN, errno)
         while same == 1:
+            if not self.builder.attend():
+                same = EST_CANCELLED
+                break
             size = read_fully(a, buffer_a, COMPARE_SIZE)
             lower_size = read_fully(b, buffer_b, COMPARE_SIZE)
             if size < 0 or lower_size < 0:

@@ -18,6 +18,7 @@ class LayerBuilder:
         output: str = "output",
         progress: Callable[[int], Any] | None = None,
     ) -> None: ...
+    input_name: str | None
     @property
     def toc_seen(self) -> bool: ...
     @property

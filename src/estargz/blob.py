@@ -512,6 +512,16 @@ def open(source: Readable, *, toc_digest: str | None = None, max_toc_size: int =
         raise
 
 
+def begins_like_tar(block: bytes) -> bool:
+    """Whether 512 bytes are a zero block or a header whose checksum is right (POSIX ustar, unsigned or signed)."""
+    if len(block) < 512:
+        return False
+    stated = block[148:156].strip(b" \0")
+    rest = block[:148] + b" " * 8 + block[156:]
+    sums = {sum(rest), sum(byte - 256 if byte > 127 else byte for byte in rest)}
+    return not any(block) or (stated.isdigit() and int(stated, 8) in sums if set(stated) <= set(b"01234567") else False)
+
+
 @contextmanager
 def open_tar(source: Readable) -> Iterator[Tar]:
     """The tar inside a layer of any kind: an eStargz blob's original tar, or a gzip, zstd or plain stream's content.
@@ -525,6 +535,8 @@ def open_tar(source: Readable) -> Iterator[Tar]:
         end = opened.size if footer is None else footer.toc_offset
         kind = detect(opened.pread(4, 0))
         window = Window(opened, 0, end)
+        if kind == "plain" and footer is None and not begins_like_tar(opened.pread(512, 0)):
+            raise BlobError(f"{opened.name}: is neither a compressed layer nor a tar; check that it is the right file")
         with blob_errors():
             yield io.BytesIO() if end == 0 else InflateReader(window, kind, name=opened.name, strict=footer is not None)
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import stat
@@ -189,6 +190,25 @@ def took_nothing() -> SinkError:
     return SinkError("the destination's write() took nothing; it must take all or block")
 
 
+class DescriptorSink(ObjectSink):
+    """An open blocking descriptor that is its owner's, such as standard output: written to without Python in between."""
+
+    def __init__(self, fd: int, name: str) -> None:
+        super().__init__(io.FileIO(fd, "wb", closefd=False))
+        self._fd = fd
+        self._name = name
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return self._name
+
+    @property
+    def target(self) -> int:  # type: ignore[override]
+        """What the kernels write to."""
+        return self._fd
+
+
 def open_sink(dest: Destination) -> PathSink | ObjectSink:
     """The sink for a destination: a path, or any object with ``write(bytes)``.
 
@@ -196,7 +216,11 @@ def open_sink(dest: Destination) -> PathSink | ObjectSink:
         UsageError: ``dest`` is neither.
         SinkError: the path cannot be written.
     """
+    if isinstance(dest, DescriptorSink):
+        return dest
     if isinstance(dest, str | os.PathLike):
+        if not os.fspath(dest) or "\0" in str(dest):
+            raise UsageError(f"{os.fspath(dest)!r} is no path to write to")
         return PathSink(dest)
     if isinstance(dest, io.TextIOBase) or not callable(getattr(dest, "write", None)):
         raise UsageError(f"a destination is a path or an object whose write() takes bytes, not {type(dest).__name__}")

@@ -97,6 +97,7 @@ class TarSource:
         self._owned = owned
 
     def fill(self, builder: LayerBuilder) -> None:
+        builder.input_name = self._name
         prefix = read_prefix(self._readable)
         kind = detect(prefix)
         descriptor = raw_descriptor(self._readable)
@@ -132,6 +133,8 @@ def read_piece(readable: Readable, size: int) -> bytes:
     piece = readable.read(size)
     if piece is None:
         raise SourceError("input: its read() has nothing yet and does not wait; make it a blocking one")
+    if isinstance(piece, str):
+        raise UsageError("a source's read() gives bytes; open it in binary mode")
     return piece
 
 
@@ -206,6 +209,11 @@ def open_source(
         UsageError: lower directories are given with a tar, or both kinds of them at once.
         SourceError: it cannot be opened.
     """
+    if isinstance(overlay_lower, str | os.PathLike):
+        raise UsageError("an overlay's lower directories are a sequence of paths, topmost first, not one path")
+    for path in (source, lower, *(overlay_lower or ())):
+        if isinstance(path, str | os.PathLike) and (not os.fspath(path) or "\0" in str(path)):
+            raise UsageError(f"{os.fspath(path)!r} is no path to read from")
     if lower is not None and overlay_lower is not None:
         raise UsageError("give either a lower directory or an overlay's lower directories, not both")
     if epoch is not None and not -(2**63) <= epoch < 2**63:

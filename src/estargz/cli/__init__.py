@@ -65,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _escape_unencodable(stream)
     try:
         status = _cli.main(args=arguments, prog_name="estargz", standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except click.exceptions.Exit as exit_:
         return exit_.exit_code
@@ -108,7 +109,8 @@ def _system_message(error: OSError) -> str:
 def _flush_or_drop() -> None:
     """What standard output cannot take now it will not take while shutting down either."""
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except OSError:
         _silence()
 

@@ -7,11 +7,12 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, BinaryIO
+from typing import Any
 
 import click
 
@@ -19,6 +20,7 @@ from estargz.building import build
 from estargz.errors import UsageError
 from estargz.layer import MEDIA_TYPES, Layer
 from estargz.options import DEFAULT_CHUNK_SIZE, DEFAULT_LEVEL, MAX_LEVEL, Progress, parse_size
+from estargz.sink import DescriptorSink
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.5 only
@@ -97,15 +99,23 @@ def command(
         summarise(layer, time.perf_counter() - started)
 
 
-def standard_input() -> BinaryIO:
+def standard_input() -> io.FileIO:
     # Unbuffered, so that the kernels read from the descriptor themselves.
-    return io.FileIO(sys.stdin.fileno(), "rb", closefd=False)
+    return io.FileIO(descriptor_of(sys.stdin, "input"), "rb", closefd=False)
 
 
-def standard_output() -> BinaryIO:
-    if sys.stdout.isatty():
+def standard_output() -> DescriptorSink:
+    descriptor = descriptor_of(sys.stdout, "output")
+    if os.isatty(descriptor):
         raise UsageError("a layer is not written to a terminal; redirect standard output, or name a file")
-    return io.FileIO(sys.stdout.fileno(), "wb", closefd=False)
+    return DescriptorSink(descriptor, "standard output")
+
+
+def descriptor_of(stream: Any, name: str) -> int:
+    """A standard stream's descriptor. UsageError when the process was started without it."""
+    if stream is None:
+        raise UsageError(f"standard {name} is closed")
+    return int(stream.fileno())
 
 
 def epoch_from_environment() -> int | None:
@@ -126,7 +136,11 @@ def terminated_cleanly() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    # A signal that was ignored when the process began (nohup) stays so; only the main thread may set handlers.
+    wanted = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
+    previous = {
+        number: signal.signal(number, stop) for number in wanted if signal.getsignal(number) is not signal.SIG_IGN
+    }
     try:
         yield
     finally:
@@ -137,7 +151,7 @@ def terminated_cleanly() -> Iterator[None]:
 @contextmanager
 def progress_bar(quiet: bool) -> Iterator[Progress | None]:
     """A bar of uncompressed bytes on standard error, if somebody watches."""
-    if quiet or not sys.stderr.isatty():
+    if quiet or sys.stderr is None or not sys.stderr.isatty():
         yield None
         return
     from tqdm import tqdm
