@@ -1,11 +1,11 @@
 """Opening files of a tree relative to a handle of its root, never through a symbolic link."""
 
-from libc.errno cimport ELOOP, ENAMETOOLONG, ENOMEM, errno
+from libc.errno cimport ENAMETOOLONG, ENOMEM, errno
 from libc.stdlib cimport free, realloc
-from libc.string cimport memchr, memcmp, memcpy
+from libc.string cimport memcmp, memcpy
 
 from posix.fcntl cimport O_RDONLY
-from posix.unistd cimport close, dup
+from posix.unistd cimport close
 
 cdef extern from "files.h" nogil:
     enum: EST_PATH_STEP, ENOSYS, EPERM, EAGAIN

@@ -15,18 +15,17 @@ from libc.errno cimport EINTR, EISDIR, ELOOP, ENOENT, ENOTDIR, ESPIPE, errno
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcpy, memset, strlen
+from libc.string cimport memcpy, memset
 
 from posix.stat cimport S_ISREG, fstat, struct_stat
 from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 from posix.unistd cimport close, pread, write
 
 from estargz._codec cimport (
-    CODEC_COPY, CODEC_GZIP, CODEC_NONE, PIECE_MARGIN, compressor_close, compressor_open, member_bound, member_write,
-    piece_write,
+    CODEC_COPY, CODEC_GZIP, PIECE_MARGIN, compressor_close, compressor_open, member_bound, member_write, piece_write,
 )
 from estargz._files cimport directory_cache_close, directory_cache_init, open_cached
-from estargz._memory cimport buffer, buffer_append, buffer_free, buffer_reserve
+from estargz._memory cimport buffer_append, buffer_free
 from estargz._rows cimport (
     EST_CANCELLED, EST_GREW, EST_NO_MEMORY, EST_OK, EST_OPEN, EST_READ, EST_REPLACED, EST_SHRANK, EST_SINK, EST_STAT,
     EST_WRITE,

@@ -7,11 +7,11 @@ are an overlay's lower layers, merged while they are read. Headers are written h
 
 from libc.errno cimport EINTR, EINVAL, ELOOP, ENODATA, ENOENT, ENOTDIR, ERANGE, errno
 from libc.stddef cimport size_t
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset, strcmp, strlen
 
-from posix.stat cimport S_ISBLK, S_ISCHR, S_ISDIR, S_ISFIFO, S_ISLNK, S_ISREG, S_ISSOCK, struct_stat
+from posix.stat cimport S_ISBLK, S_ISCHR, S_ISDIR, S_ISLNK, S_ISREG, S_ISSOCK, struct_stat
 from posix.unistd cimport close, dup, read
 
 from estargz._files cimport OPEN_DIRECTORY, OPEN_FILE, open_beneath
