@@ -72,6 +72,7 @@ cdef class LayerBuilder:
     cdef int feed_bytes(self, const uint8_t *data, size_t size) noexcept nogil
     cdef int target_full(self) noexcept nogil
     cdef int expect(self, int what, size_t size) noexcept nogil
+    cdef int expect_at(self, int what, uint8_t *space, size_t size) noexcept nogil
     cdef int expect_chunk(self) noexcept nogil
     cdef int take_block(self) noexcept nogil
     cdef int take_toc(self) noexcept nogil

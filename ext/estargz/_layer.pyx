@@ -8,8 +8,6 @@ Where members begin is decided here and nowhere else, from the stream's content 
 A batch only ever ends where a member ends, so neither batches nor threads can be seen in the output.
 """
 
-import os
-
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.errno cimport EINTR, errno
 from libc.stddef cimport size_t
@@ -20,7 +18,7 @@ from posix.unistd cimport read
 
 from estargz._codec cimport CODEC_COPY, CODEC_GZIP, CODEC_NONE
 from estargz._memory cimport buffer, buffer_append, buffer_free, map_free, map_insert
-from estargz._pipeline cimport BATCH_PIECE, Pipeline, batch, chunk_span, file_fill, member_span
+from estargz._pipeline cimport BATCH_PIECE, Pipeline, batch, chunk_span, file_fill, member_span, set_failure
 from estargz._rows cimport (
     EST_CANCELLED, EST_NO_MEMORY, EST_OK, EST_READ, EST_RESERVED_NAME, EST_SINK, EST_TAR_DANGLING_META,
     EST_TAR_LONE_ZERO, EST_TAR_TRUNCATED, tar_entry, toc_row,
@@ -54,8 +52,6 @@ cdef uint8_t EMPTY_DIGEST[32]
 EMPTY_DIGEST[:] = list(bytes.fromhex("e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"))
 cdef uint8_t ZEROS[1024]
 memset(ZEROS, 0, 1024)
-
-TOC_NAME = b"stargz.index.json"
 
 CODECS = {"none": CODEC_NONE, "uncompressed": CODEC_COPY, "gzip": CODEC_GZIP, "estargz": CODEC_GZIP}
 
@@ -130,12 +126,7 @@ cdef class LayerBuilder:
     # --------------------------------------------------------------------------------------------- stream order
 
     cdef int set_failure(self, int code, int sys_errno, int64_t offset, const void *name, size_t size) noexcept nogil:
-        self.failure.code = code
-        self.failure.sys_errno = sys_errno
-        self.failure.offset = offset
-        self.failure.name_len = min(size, sizeof(self.failure.name))
-        if self.failure.name_len:
-            memcpy(self.failure.name, name, self.failure.name_len)
+        set_failure(&self.failure, code, sys_errno, offset, name, size)
         return code
 
     cdef void close_member(self) noexcept nogil:
@@ -343,10 +334,14 @@ cdef class LayerBuilder:
         entry.name_len = len(name)
         entry.type = c'0'
         entry.size = size
-        with nogil:
-            if self.add_entry(&entry) == EST_OK:
-                self.add_payload_bytes(data, size)
-        self.raise_failure()
+        self.take()
+        try:
+            with nogil:
+                if self.add_entry(&entry) == EST_OK:
+                    self.add_payload_bytes(data, size)
+            self.raise_failure()
+        finally:
+            self.in_use = False
 
     # --------------------------------------------------------------------------------------------- a tar stream
 
@@ -379,41 +374,49 @@ cdef class LayerBuilder:
         """Takes a tar stream from a file descriptor until its end, straight into the batches."""
         cdef int code = EST_OK
         cdef ssize_t got = 1
-        with nogil:
-            if self.target == NULL:
-                code = self.expect(EXPECT_BLOCK, BLOCK)
-            while not code and got:
-                got = read(fd, self.target + self.target_filled, self.target_size - self.target_filled)
-                if got < 0:
-                    if errno != EINTR:
-                        code = self.set_failure(EST_READ, errno, self.input_offset, "input", 5)
-                    elif not self.pipeline.call_back():
-                        code = self.set_failure(EST_CANCELLED, 0, -1, NULL, 0)
-                    continue
-                self.target_filled += got
-                if self.target_filled == self.target_size:
-                    code = self.target_full()
-        if code:
-            self.raise_failure()
+        self.take()
+        try:
+            with nogil:
+                if self.target == NULL:
+                    code = self.expect(EXPECT_BLOCK, BLOCK)
+                while not code and got:
+                    got = read(fd, self.target + self.target_filled, self.target_size - self.target_filled)
+                    if got < 0:
+                        if errno != EINTR:
+                            code = self.set_failure(EST_READ, errno, self.input_offset, "input", 5)
+                        elif not self.pipeline.call_back():
+                            code = self.set_failure(EST_CANCELLED, 0, -1, NULL, 0)
+                        continue
+                    self.target_filled += got
+                    if self.target_filled == self.target_size:
+                        code = self.target_full()
+            if code:
+                self.raise_failure()
+        finally:
+            self.in_use = False
 
     def end_feed(self):
         """The tar stream's end: TarError if it is truncated."""
         cdef int code = EST_OK
-        if self.toc_seen:
-            return
-        with nogil:
-            if self.target == NULL or not (self.input_offset or self.target_filled):
-                code = self.input_failed(EST_TAR_TRUNCATED)
-            elif self.expecting == EXPECT_TRAILER or (self.expecting == EXPECT_BLOCK and not self.target_filled):
-                if self.parser.pending:
-                    code = self.input_failed(EST_TAR_DANGLING_META)
-                self.current.raw_size -= self.target_size - self.target_filled
-                self.run -= self.target_size - self.target_filled
-            else:
-                self.input_offset += self.target_filled
-                code = self.input_failed(EST_TAR_TRUNCATED)
-        if code:
-            self.raise_failure()
+        self.take()
+        try:
+            if self.toc_seen:
+                return
+            with nogil:
+                if self.target == NULL or not (self.input_offset or self.target_filled):
+                    code = self.input_failed(EST_TAR_TRUNCATED)
+                elif self.expecting == EXPECT_TRAILER or (self.expecting == EXPECT_BLOCK and not self.target_filled):
+                    if self.parser.pending:
+                        code = self.input_failed(EST_TAR_DANGLING_META)
+                    self.current.raw_size -= self.target_size - self.target_filled
+                    self.run -= self.target_size - self.target_filled
+                else:
+                    self.input_offset += self.target_filled
+                    code = self.input_failed(EST_TAR_TRUNCATED)
+            if code:
+                self.raise_failure()
+        finally:
+            self.in_use = False
 
     cdef int input_failed(self, int code) noexcept nogil:
         return self.set_failure(code, 0, self.input_offset, self.parser.entry.name, self.parser.entry.name_len)
@@ -444,8 +447,11 @@ cdef class LayerBuilder:
         return EST_OK
 
     cdef int expect(self, int what, size_t size) noexcept nogil:
-        self.target = self.header_space(size)
-        if self.target == NULL:
+        return self.expect_at(what, self.header_space(size), size)
+
+    cdef int expect_at(self, int what, uint8_t *space, size_t size) noexcept nogil:
+        self.target = space
+        if space == NULL:
             return EST_CANCELLED
         self.expecting = what
         self.target_size = size
@@ -454,13 +460,8 @@ cdef class LayerBuilder:
 
     cdef int expect_chunk(self) noexcept nogil:
         cdef size_t size = min(self.chunk_size, self.payload_left)
-        self.target = self.chunk_space(self.chunk_offset, size, self.chunk_offset + self.payload_left)
-        if self.target == NULL:
-            return EST_CANCELLED
-        self.expecting = EXPECT_CHUNK
-        self.target_size = size
-        self.target_filled = 0
-        return EST_OK
+        return self.expect_at(EXPECT_CHUNK, self.chunk_space(self.chunk_offset, size,
+                                                             self.chunk_offset + self.payload_left), size)
 
     cdef int target_full(self) noexcept nogil:
         """Acts on the bytes that were waited for and says what is expected next."""
@@ -546,20 +547,24 @@ cdef class LayerBuilder:
     def finish(self):
         """Writes what is left. (blob size, blob digest, uncompressed size, DiffID, TOC digest or None)."""
         cdef int code
-        with nogil:
-            if self.current != NULL:
-                self.close_member()
-            if self.current != NULL and not self.failure.code:
-                self.pipeline.submit(self.current)
-                self.current = NULL
-            code = self.failure.code if self.failure.code else self.pipeline.drain()
-            if not code and self.indexed:
-                code = self.write_toc()
-        if code or self.failure.code:
-            self.raise_failure()
-        self.pipeline.close()
-        blob_size, blob_digest, tar_size, diff_id, toc_digest = self.pipeline.result()
-        return blob_size, blob_digest, tar_size, diff_id, toc_digest if self.indexed else None
+        self.take()
+        try:
+            with nogil:
+                if self.current != NULL:
+                    self.close_member()
+                if self.current != NULL and not self.failure.code:
+                    self.pipeline.submit(self.current)
+                    self.current = NULL
+                code = self.failure.code if self.failure.code else self.pipeline.drain()
+                if not code and self.indexed:
+                    code = self.write_toc()
+            if code or self.failure.code:
+                self.raise_failure()
+            self.pipeline.close()
+            blob_size, blob_digest, tar_size, diff_id, toc_digest = self.pipeline.result()
+            return blob_size, blob_digest, tar_size, diff_id, toc_digest if self.indexed else None
+        finally:
+            self.in_use = False
 
     def tables(self):
         """(rows, chunks, strings) as bytes; see Pipeline.tables. Valid after finish."""

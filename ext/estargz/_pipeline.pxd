@@ -86,6 +86,10 @@ ctypedef struct worker:
     bint opened
     directory_cache directory
 
+# Fills a failure in; the name is cut to fit.
+cdef void set_failure(est_failure *failure, int code, int sys_errno, int64_t offset, const void *name,
+                      size_t name_size) noexcept nogil
+
 cdef class Pipeline:
     cdef pthread_mutex_t lock
     cdef pthread_cond_t work_or_end      # workers wait here
