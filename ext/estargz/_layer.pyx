@@ -18,7 +18,7 @@ from posix.unistd cimport read
 
 from estargz._codec cimport CODEC_COPY, CODEC_GZIP, CODEC_NONE
 from estargz._memory cimport buffer, buffer_append, buffer_free, map_free, map_insert
-from estargz._pipeline cimport BATCH_PIECE, Pipeline, batch, chunk_span, file_fill, member_span, set_failure
+from estargz._pipeline cimport BATCH_PIECE, STAGE_TOC, Pipeline, batch, chunk_span, file_fill, member_span, set_failure
 from estargz._rows cimport (
     EST_CANCELLED, EST_NO_MEMORY, EST_OK, EST_READ, EST_RESERVED_NAME, EST_SINK, EST_TAR_DANGLING_META,
     EST_TAR_LONE_ZERO, EST_TAR_TRUNCATED, tar_entry, toc_row,
@@ -86,12 +86,12 @@ cdef class LayerBuilder:
     """Builds one layer from entries or from a tar stream.
 
     compression: "estargz", "gzip", "uncompressed" or "none" (digests only); level 0..12; chunk_size and min_chunk_size in
-    bytes, for eStargz; threads >= 1; memory: bytes that batches may take; producer_helps, write, output, progress: see
-    Pipeline. UsageError when the options cannot be honoured together.
+    bytes, for eStargz; threads >= 1; memory: bytes that batches may take; producer_helps, write, output, progress, parts:
+    see Pipeline. UsageError when the options cannot be honoured together.
     """
 
     def __cinit__(self, *, str compression, int level, int64_t chunk_size, int64_t min_chunk_size, int threads,
-                  int64_t memory, bint producer_helps, write=None, str output="output", progress=None):
+                  int64_t memory, bint producer_helps, write=None, str output="output", progress=None, parts=None):
         cdef size_t capacity
         cdef int64_t slot_size, slots
         self.indexed = compression == "estargz"
@@ -111,7 +111,7 @@ cdef class LayerBuilder:
                 f"give at least {2 * slot_size} bytes, or smaller chunks"
             )
         self.pipeline = Pipeline(CODECS[compression], level, capacity, min(slots, 4 * threads + 4), threads,
-                                 producer_helps, self.keep_rows, write, output, progress, MEMBERS_MOST)
+                                 producer_helps, self.keep_rows, write, output, progress, MEMBERS_MOST, parts)
         if tar_parser_init(&self.parser) != EST_OK:
             raise MemoryError
         self.parser_ready = True
@@ -557,6 +557,7 @@ cdef class LayerBuilder:
                     self.current = NULL
                 code = self.failure.code if self.failure.code else self.pipeline.drain()
                 if not code and self.indexed:
+                    self.pipeline.producing = STAGE_TOC
                     code = self.write_toc()
             if code or self.failure.code:
                 self.raise_failure()
@@ -565,6 +566,11 @@ cdef class LayerBuilder:
             return blob_size, blob_digest, tar_size, diff_id, toc_digest if self.indexed else None
         finally:
             self.in_use = False
+
+    def stages(self):
+        """Seconds by stage, of all threads together; see Pipeline.stages. Valid after finish."""
+        threads = self.pipeline.stages()
+        return {name: sum(thread[name] for thread in threads) for name in threads[0]}
 
     def tables(self):
         """(rows, chunks, strings) as bytes; see Pipeline.tables. Valid after finish."""

@@ -80,11 +80,34 @@ ctypedef struct batch:
     bint tar_hashed         # raw is already part of the stream's hash
     est_failure failure
 
+# What a thread's time goes to; STAGE_NAMES has the same order.
+cdef enum stage:
+    STAGE_SOURCE            # the producer: walking, headers, taking in a tar stream
+    STAGE_TOC               # the producer again: the text of the table of contents
+    STAGE_READ              # files of a tree
+    STAGE_HASH              # chunk digests, and the stream's hash where it can be taken along
+    STAGE_COMPRESS
+    STAGE_ORDER             # in order: the stream's hash where it was not taken along, the blob's, the table's rows
+    STAGE_WRITE
+    STAGE_WAIT
+    STAGE_COUNT
+
+# What a measurement may leave out; the names are those of PARTS.
+cdef enum part:
+    PART_READ = 1
+    PART_CHUNK_HASH = 2
+    PART_STREAM_HASH = 4
+    PART_COMPRESS = 8
+    PART_BLOB_HASH = 16
+    PART_WRITE = 32
+
 # What one thread keeps from batch to batch.
 ctypedef struct worker:
     compressor state
     bint opened
     directory_cache directory
+    int64_t since_ns            # up to when its time is accounted for
+    int64_t spent_ns[STAGE_COUNT]
 
 # Fills a failure in; the name is cut to fit.
 cdef void set_failure(est_failure *failure, int code, int sys_errno, int64_t offset, const void *name,
@@ -96,7 +119,7 @@ cdef class Pipeline:
     cdef pthread_cond_t progress_made    # the producer waits here
     cdef bint locks_ready
 
-    cdef int codec, level
+    cdef int codec, level, parts
     cdef readonly int threads
     cdef bint producer_helps
     cdef bint keep_rows
@@ -113,6 +136,7 @@ cdef class Pipeline:
 
     cdef worker *workers
     cdef int worker_count
+    cdef int producing                   # the stage that the producer's own time goes to
     cdef list started
     cdef object interrupt                # exception raised by a signal handler or the progress callback
     cdef object progress
@@ -148,7 +172,7 @@ cdef class Pipeline:
     cdef void return_tar_hash(self, batch *b) noexcept nogil
     cdef int hash_chunks(self, batch *b, bint with_tar) noexcept nogil
     cdef int compress(self, batch *b, worker *w) noexcept nogil
-    cdef int sink(self, batch *b) noexcept nogil
+    cdef int sink(self, batch *b, worker *w) noexcept nogil
     cdef void hash_in_order(self, batch *b) noexcept nogil
     cdef int record(self, batch *b) noexcept nogil
     cdef int finish_pieces(self, batch *b) noexcept nogil

@@ -74,6 +74,12 @@ ctypedef struct file_part:
     bint last
     size_t next         # index of the chunk behind it
 
+STAGE_NAMES = ("source", "toc", "read", "hash", "compress", "order", "write", "wait")
+PARTS = {
+    "read": PART_READ, "chunk hash": PART_CHUNK_HASH, "stream hash": PART_STREAM_HASH, "compress": PART_COMPRESS,
+    "blob hash": PART_BLOB_HASH, "write": PART_WRITE,
+}
+
 cdef int64_t LISTEN_EVERY_NS = 100000000    # how often the caller looks for signals and reports progress
 cdef uint8_t GZIP_HEADER[10]
 GZIP_HEADER[:] = [0x1F, 0x8B, 8, 0, 0, 0, 0, 0, 0, 0xFF]
@@ -95,20 +101,32 @@ cdef int64_t monotonic_ns() noexcept nogil:
     return <int64_t>now.tv_sec * 1000000000 + now.tv_nsec
 
 
+cdef inline void charge(worker *w, int spent_on) noexcept nogil:
+    """Accounts the thread's time since the last call. Called some times a batch, never per file."""
+    cdef int64_t now = monotonic_ns()
+    w.spent_ns[spent_on] += now - w.since_ns
+    w.since_ns = now
+
+
 cdef class Pipeline:
     """Turns batches into members on `threads` threads and writes them in order.
 
     Parameters: codec and level as in _codec; raw_capacity bytes of the stream per batch; slot_count batches in all;
     threads >= 1; producer_helps: the producing thread is one of them; keep_rows: digest chunks and keep the table of
-    contents; write: None, a file descriptor, or a callable that takes bytes; output: its name for messages; progress: None or a callable that is given
-    the uncompressed bytes written so far, about ten times a second, in the producing thread.
+    contents; write: None, a file descriptor, or a callable that takes bytes; output: its name for messages; progress:
+    None or a callable that is given the uncompressed bytes written so far, about ten times a second, in the producing
+    thread; members_most: in a batch; parts: None, or the names of PARTS that are done at all, which only measurements
+    want: what comes out is then no layer.
     """
 
     def __cinit__(self, int codec, int level, size_t raw_capacity, int64_t slot_count, int threads,
-                  bint producer_helps, bint keep_rows, write, str output, progress, size_t members_most):
+                  bint producer_helps, bint keep_rows, write, str output, progress, size_t members_most,
+                  parts=None):
         cdef int64_t i
         self.codec = codec
         self.level = level
+        for name in PARTS if parts is None else parts:
+            self.parts |= PARTS[name]
         self.raw_capacity = raw_capacity
         self.out_capacity = member_bound(raw_capacity) + PIECE_MARGIN + members_most * MEMBER_OVERHEAD
         self.threads = threads
@@ -122,6 +140,7 @@ cdef class Pipeline:
         self.sink_fd = write if isinstance(write, int) else -1
         self.sink_write = None if isinstance(write, int) else write
         self.sink_is_file = self.sink_fd >= 0 and stat_module.S_ISREG(os.fstat(self.sink_fd).st_mode)
+        self.producing = STAGE_SOURCE
         self.output = output.encode("utf-8", "surrogateescape")
         self.failed_batch = -1
         sha256_start(&self.tar_hash)
@@ -138,6 +157,7 @@ cdef class Pipeline:
             raise MemoryError("estargz: out of memory; lower --threads or --memory")
         for i in range(self.worker_count):
             directory_cache_init(&self.workers[i].directory)
+            self.workers[i].since_ns = monotonic_ns()
 
     def __dealloc__(self):
         cdef int64_t i
@@ -164,6 +184,7 @@ cdef class Pipeline:
         """An empty batch, or NULL when the pipeline has failed. Works while it waits."""
         cdef batch *found = NULL
         cdef int64_t i
+        charge(&self.workers[0], self.producing)
         self.attend()
         pthread_mutex_lock(&self.lock)
         while not self.failure.code:
@@ -205,6 +226,7 @@ cdef class Pipeline:
 
     cdef int drain(self) noexcept nogil:
         """Waits until every submitted batch is written, working meanwhile. EST_OK, or the failure's code."""
+        charge(&self.workers[0], self.producing)
         pthread_mutex_lock(&self.lock)
         while self.sunk < self.produced:
             if self.failure.code and (self.failed_batch < 0 or self.sunk >= self.failed_batch):
@@ -225,6 +247,7 @@ cdef class Pipeline:
             until.tv_nsec -= 1000000000
             until.tv_sec += 1
         pthread_cond_timedwait(&self.progress_made, &self.lock, &until)
+        charge(&self.workers[0], STAGE_WAIT)
 
     cdef bint attend(self) noexcept nogil:
         """`listen` for the producer between two batches."""
@@ -293,6 +316,7 @@ cdef class Pipeline:
                 self.fail(&cancelled, -1)
         with nogil:
             self.stop()
+        charge(&self.workers[0], self.producing)
         for thread in self.started:
             if thread.ident is not None:
                 thread.join()
@@ -326,14 +350,17 @@ cdef class Pipeline:
         return EST_OK
 
     def _run(self, int index):
+        cdef worker *w = &self.workers[index]
         with nogil:
+            charge(w, STAGE_WAIT)
             pthread_mutex_lock(&self.lock)
             while True:
-                if self.step(&self.workers[index]):
+                if self.step(w):
                     continue
                 if self.failure.code or (self.ended and self.taken == self.produced):
                     break
                 pthread_cond_wait(&self.work_or_end, &self.lock)
+                charge(w, STAGE_WAIT)
             pthread_mutex_unlock(&self.lock)
 
     cdef bint step(self, worker *w) noexcept nogil:
@@ -347,7 +374,7 @@ cdef class Pipeline:
             if b.state == STATE_DONE:
                 self.sinking = True
                 pthread_mutex_unlock(&self.lock)
-                code = self.sink(b)
+                code = self.sink(b, w)
                 if code:
                     if b.failure.code != code:
                         set_failure(&b.failure, code, 0, self.tar_size, NULL, 0)
@@ -380,18 +407,23 @@ cdef class Pipeline:
         if not w.opened:
             code = compressor_open(&w.state, self.codec, self.level)
             w.opened = code == EST_OK
+            charge(w, STAGE_COMPRESS)
         cdef bint hashed = not self.keep_rows or b.kind == BATCH_PIECE
-        if not code:
+        if not code and self.parts & PART_READ:
             code = self.fill_files(b, w)
+        charge(w, STAGE_READ)
         # A chunk's hash costs least side by side with the stream's over the same bytes. If that has not come so far yet,
         # it may have after the compression.
         if not code and not hashed and self.take_tar_hash(b):
             self.hash_chunks(b, True)
             hashed = True
-        if not code:
+        charge(w, STAGE_HASH)
+        if not code and self.parts & PART_COMPRESS:
             code = self.compress(b, w)
+        charge(w, STAGE_COMPRESS)
         if not code and not hashed:
             self.hash_chunks(b, self.take_tar_hash(b))
+        charge(w, STAGE_HASH)
         if code and not b.failure.code:
             set_failure(&b.failure, code, 0, -1, NULL, 0)
 
@@ -411,7 +443,7 @@ cdef class Pipeline:
         """Whether the stream's hash has come to this batch and is the caller's now, to be given back."""
         cdef bint taken
         pthread_mutex_lock(&self.lock)
-        taken = not self.tar_hash_taken and self.tar_hash_next == b.number
+        taken = self.parts & PART_STREAM_HASH and not self.tar_hash_taken and self.tar_hash_next == b.number
         self.tar_hash_taken = self.tar_hash_taken or taken
         pthread_mutex_unlock(&self.lock)
         return taken
@@ -428,7 +460,7 @@ cdef class Pipeline:
         cdef sha256_stream streams[HASHED_TOGETHER]
         cdef sha256_job jobs[HASHED_TOGETHER + 1]
         cdef chunk_span *chunks = <chunk_span *>b.chunks.data
-        cdef size_t count = b.chunks.size // sizeof(chunk_span)
+        cdef size_t count = b.chunks.size // sizeof(chunk_span) if self.parts & PART_CHUNK_HASH else 0
         cdef size_t at = 0
         cdef size_t i, group, end
         cdef size_t tar_at = 0
@@ -481,7 +513,7 @@ cdef class Pipeline:
 
     # --------------------------------------------------------------------------------------------- the sink, in order
 
-    cdef int sink(self, batch *b) noexcept nogil:
+    cdef int sink(self, batch *b, worker *w) noexcept nogil:
         cdef int code = EST_OK
         if b.kind == BATCH_PIECE:
             code = self.finish_pieces(b)
@@ -490,10 +522,14 @@ cdef class Pipeline:
         if code:
             return code
         self.hash_in_order(b)
-        if self.codec == CODEC_GZIP:
+        charge(w, STAGE_ORDER)
+        if not self.parts & PART_WRITE:
+            pass
+        elif self.codec == CODEC_GZIP:
             code = self.write_out(b.out, b.out_size)
         elif self.codec == CODEC_COPY:
             code = self.write_out(b.raw, b.raw_size)
+        charge(w, STAGE_WRITE)
         if code:
             self.describe_sink_failure(code, &b.failure)
             return code
@@ -507,12 +543,12 @@ cdef class Pipeline:
         cdef file_part part
         # Every batch before this one is hashed, and workers take the stream's hash only for the batch it has come to:
         # which is this one, if its worker has not done it.
-        if not b.tar_hashed:
+        if not b.tar_hashed and self.parts & PART_STREAM_HASH:
             jobs[count].stream = &self.tar_hash
             jobs[count].data = b.raw
             jobs[count].size = b.raw_size
             count += 1
-        if self.codec == CODEC_GZIP:
+        if self.codec == CODEC_GZIP and self.parts & PART_BLOB_HASH:
             jobs[count].stream = &self.blob_hash
             jobs[count].data = b.out
             jobs[count].size = b.out_size
@@ -647,6 +683,14 @@ cdef class Pipeline:
             memcpy(blob_digest, tar_digest, 32)
         return self.blob_size, blob_digest[:32], self.tar_size, tar_digest[:32], piece_digest[:32]
 
+    def stages(self):
+        """Seconds that each thread has spent in each of STAGE_NAMES, the producing thread first; after close."""
+        cdef int i
+        if self.started:
+            raise ValueError("the threads have not ended")
+        return [dict(zip(STAGE_NAMES, [ns * 1e-9 for ns in self.workers[i].spent_ns]))
+                for i in range(self.worker_count)]
+
     def tables(self):
         """(rows, chunks, strings) as bytes: toc_row and chunk_row structs and the strings the rows point into."""
         return (
@@ -719,7 +763,7 @@ cdef bint next_file_part(Pipeline p, batch *b, file_part *part) noexcept nogil:
     cdef const chunk_span *chunks = <chunk_span *>b.chunks.data
     cdef size_t count = b.chunks.size // sizeof(chunk_span)
     cdef size_t i = part.next
-    if not p.keep_rows:
+    if not (p.keep_rows and p.parts & PART_CHUNK_HASH):
         return False
     while i < count and chunks[i].only:
         i += 1

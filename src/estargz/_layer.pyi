@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from typing_extensions import Buffer
@@ -17,6 +17,7 @@ class LayerBuilder:
         write: int | Callable[[bytes], Any] | None = None,
         output: str = "output",
         progress: Callable[[int], Any] | None = None,
+        parts: Iterable[str] | None = None,
     ) -> None: ...
     input_name: str | None
     @property
@@ -30,4 +31,5 @@ class LayerBuilder:
     def end_feed(self) -> None: ...
     def cancel(self) -> None: ...
     def finish(self) -> tuple[int, bytes, int, bytes, bytes | None]: ...
+    def stages(self) -> dict[str, float]: ...
     def tables(self) -> tuple[bytes, bytes, bytes]: ...

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = ["MEDIA_TYPES", "Layer"]
@@ -34,6 +35,8 @@ class Layer:
     """Of the same stream."""
     toc_digest: str | None = None
     """Of the table of contents' JSON; only eStargz layers have one."""
+    stages: Mapping[str, float] = field(default_factory=dict, compare=False, repr=False)
+    """Seconds of making it by stage, all threads together (docs/architecture.md): what a build's time went to."""
 
     @property
     def annotations(self) -> dict[str, str]:

@@ -25,6 +25,7 @@ def finish_layer(builder: LayerBuilder, options: Options, media_type: str | None
         diff_id=f"sha256:{diff_id.hex()}",
         uncompressed_size=uncompressed_size,
         toc_digest=f"sha256:{toc_digest.hex()}" if toc_digest is not None else None,
+        stages=builder.stages(),
     )
 
 
