@@ -1,9 +1,16 @@
-"""Seeded content: the same bytes on every machine."""
+"""Seeded content: the same bytes on every machine.
+
+    python bench/corpus.py DIR bytes|files COUNT
+
+fills a new directory with COUNT bytes in files of all sizes, or with COUNT files of 1 KiB.
+"""
 
 from __future__ import annotations
 
 import os
 import struct
+import sys
+import tarfile
 from collections.abc import Iterable
 from itertools import accumulate
 from pathlib import Path
@@ -74,3 +81,29 @@ def make_tree(folder: Path, sizes: Iterable[int], content: bytes, per_directory:
         os.utime(path, ns=(TIME_NS, TIME_NS))
         total += min(size, len(content))
     return total
+
+
+def cut(data: bytes, size: int) -> list[bytes]:
+    """``data`` in pieces of ``size`` bytes; the last may be shorter."""
+    return [data[at : at + size] for at in range(0, len(data), size)]
+
+
+def make_tar(payloads: Iterable[bytes], per_directory: int = 100) -> bytes:
+    """A tar stream of files that hold the payloads."""
+    blocks: list[bytes] = []
+    for number, payload in enumerate(payloads):
+        info = tarfile.TarInfo(f"d{number // per_directory:04d}/f{number:06d}")
+        info.size = len(payload)
+        info.mtime = TIME_NS // 10**9
+        blocks += [info.tobuf(tarfile.USTAR_FORMAT), payload, bytes(-len(payload) % tarfile.BLOCKSIZE)]
+    return b"".join([*blocks, bytes(2 * tarfile.BLOCKSIZE)])
+
+
+def main() -> None:
+    folder, kind, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    sizes = sizes_of(count) if kind == "bytes" else [1024] * count
+    make_tree(folder, sizes, text(8 << 20) + binary(8 << 20))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""How close a build comes to what the machine can do: each part alone, their sum, and where the rest of a run goes."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from contest import tell, tree_report
+from measure import Tree, run_to_blob
+from ways import DEFAULT_LEVEL, build
+
+Stages = dict[str, float]
+STAGED = str(Path(__file__).with_name("staged.py"))
+
+EVERYTHING: tuple[str, ...] = ()
+
+# Parts of the pipeline that run together -> the run's name. What a part costs is a difference of stages or one of them.
+RUNS: dict[str, tuple[str, ...]] = {
+    "nothing": ("nothing",),
+    "read": ("read",),
+    "chunk": ("read", "chunk hash"),
+    "stream": ("read", "stream hash"),
+    "both": ("read", "chunk hash", "stream hash"),
+    "compress": ("read", "compress"),
+    "blob": ("read", "compress", "blob hash"),
+    "write": ("read", "compress", "write"),
+}
+
+# What a build is the sum of, as the pipeline's clocks can tell them apart while it runs.
+START = "start and end"
+WALK = "walk, headers"
+READ = "read files"
+DIGESTS = "digests"
+COMPRESS = "compress"
+TOC = "table of contents"
+WRITE = "write, sync"
+WAIT = "wait"
+
+# The digests one by one: a build has the first two interleaved.
+CHUNKS = "chunk digests"
+STREAM = "DiffID"
+BOTH = "chunk digests and DiffID, interleaved"
+BLOB = "blob digest"
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One round: each run's stages, an empty tree's and the whole build's seconds, and the whole build's stages."""
+
+    runs: dict[str, Stages]
+    start: float
+    wall: float
+    stages: Stages
+    staged_wall: float
+
+    def rows(self) -> float:
+        """What a table's rows cost in order: the order stage of a run that hashes nothing."""
+        return self.runs["nothing"]["order"]
+
+    def hashing(self, name: str) -> float:
+        return self.runs[name]["hash"] + self.runs[name]["order"] - self.rows()
+
+    def parts(self) -> Stages:
+        """Seconds of each part alone."""
+        runs, digests = self.runs, self.digests()
+        return {
+            START: self.start,
+            WALK: runs["nothing"]["source"],
+            READ: runs["read"]["read"],
+            DIGESTS: digests[BOTH] + digests[BLOB],
+            COMPRESS: runs["compress"]["compress"],
+            TOC: runs["nothing"]["toc"] + self.rows(),
+            WRITE: runs["write"]["write"] + runs["write"]["commit"],
+        }
+
+    def digests(self) -> Stages:
+        return {
+            CHUNKS: self.hashing("chunk"),
+            STREAM: self.hashing("stream"),
+            BOTH: self.hashing("both"),
+            BLOB: self.runs["blob"]["order"] - self.rows(),
+        }
+
+    def spent(self, threads: int) -> Stages:
+        """Thread seconds of the whole build by the same names; before and after it, all threads but one do nothing."""
+        stages = self.stages
+        return {
+            START: threads * stages["outside"],
+            WALK: stages["source"],
+            READ: stages["read"],
+            DIGESTS: stages["hash"] + stages["order"] - self.rows(),
+            COMPRESS: stages["compress"],
+            TOC: stages["toc"] + self.rows(),
+            WRITE: stages["write"] + threads * stages["commit"],
+            WAIT: stages["wait"],
+        }
+
+
+def staged(tree: Path, blob: Path, threads: int, parts: tuple[str, ...], compression: str = "estargz") -> Stages:
+    """A build's stages in seconds; ``outside`` is what its process took around it."""
+    command = [sys.executable, STAGED, str(tree), str(blob), str(threads), compression, str(DEFAULT_LEVEL), *parts]
+    done = run_to_blob(command, blob)
+    stages: Stages = json.loads(done.output)
+    stages["outside"] = done.wall - stages["inside"]
+    return stages
+
+
+def measure_round(tree: Path, blob: Path, threads: int) -> Round:
+    whole = build(threads)
+    with tempfile.TemporaryDirectory(dir=blob.parent) as empty:
+        start = whole(Path(empty), blob).wall
+    runs = {name: staged(tree, blob, 1, parts) for name, parts in RUNS.items()}
+    stages = staged(tree, blob, threads, EVERYTHING)
+    return Round(runs, start, whole(tree, blob).wall, stages, stages["inside"] + stages["outside"])
+
+
+def measure(tree: Tree, rounds: int, threads: int, blob: Path) -> dict[str, Any]:
+    """The limit of one tree, as the report keeps it."""
+    measured = []
+    for number in range(rounds):
+        tell(f"{tree.name}, round {number + 1} of {rounds}: each part alone")
+        measured.append(measure_round(tree.path, blob, threads))
+    return limit_report(tree, threads, measured)
+
+
+def limit_report(tree: Tree, threads: int, measured: list[Round]) -> dict[str, Any]:
+    parts, each = middle([round.parts() for round in measured])
+    digests, _ = middle([round.digests() for round in measured])
+    spent, _ = middle([round.spent(threads) for round in measured])
+    total, wall = sum(parts.values()), median(round.wall for round in measured)
+    serial = {WALK: parts[WALK], STREAM: digests[STREAM], f"{BLOB}, {WRITE}": digests[BLOB] + parts[WRITE]}
+    slowest = max(serial, key=lambda name: serial[name])
+    serial_bound = parts[START] + serial[slowest]
+    return {
+        "tree": tree_report(tree),
+        "level": DEFAULT_LEVEL,
+        "threads": threads,
+        "parts": [{"stage": name, "seconds": parts[name], "each": each[name], "bytes": tree.size} for name in parts],
+        "digests": digests,
+        "sum": total,
+        "parallel_bound": total / threads,
+        "serial_bound": serial_bound,
+        "serial_stage": slowest,
+        "wall": wall,
+        "walls": [round.wall for round in measured],
+        "parallel_fraction": total / threads / wall,
+        "serial_fraction": serial_bound / wall,
+        "spent": spent,
+        "beyond": {name: spent[name] - parts.get(name, 0.0) for name in spent},
+    }
+
+
+def middle(each: list[Stages]) -> tuple[Stages, dict[str, list[float]]]:
+    """The medians by name, and what they are the medians of."""
+    columns = {name: [stages[name] for stages in each] for name in each[0]}
+    return {name: median(column) for name, column in columns.items()}, columns
+
+
+def one_line(limit: dict[str, Any]) -> str:
+    where = max(limit["beyond"], key=lambda name: limit["beyond"][name])
+    return (
+        f"{limit['tree']['name']}: {limit['wall']:.2f} s; the parts' sum over {limit['threads']} threads is "
+        f"{limit['parallel_bound']:.2f} s ({limit['parallel_fraction']:.0%}), the serial bound "
+        f"{limit['serial_bound']:.2f} s ({limit['serial_stage']}); most of the rest: {where} "
+        f"({limit['beyond'][where]:.2f} thread seconds)"
+    )
