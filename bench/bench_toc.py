@@ -1,15 +1,23 @@
-"""A tar of empty files: what an entry costs, and what of that is the table of contents ("gzip" has none)."""
+"""The table of contents: rows become text.
+
+The seconds are those of the toc stage, in which the text is formatted twice, once to measure it. Rates are of the text.
+The last test says what a table costs a build in all, compressing and hashing it included: "gzip" has none.
+"""
 
 from __future__ import annotations
 
-import io
-import os
+from typing import Any
 
 import empty_tar
 import pytest
-from conftest import Measured
+from conftest import MIB, Measured, Staged, build
+from corpus import make_tar
 
-import estargz
+from estargz import _tar
+
+KIB = 1 << 10
+STATED = ["chunk hash", "compress", "write"]  # what there has to be for the text to be that of a build
+XATTRS = {b"security.capability": bytes(20), b"user.comment": b"anything"}
 
 
 @pytest.fixture(scope="session")
@@ -18,15 +26,39 @@ def count(real: bool) -> int:
 
 
 @pytest.fixture(scope="session")
-def tar(count: int) -> bytes:
+def plain(count: int) -> bytes:
     return b"".join(empty_tar.pieces(count))
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("compression", ["estargz", "gzip"])
-def test_entries(measured: Measured, tar: bytes, count: int, compression: str, threads: int) -> None:
-    def build() -> estargz.Layer:
-        return estargz.build(io.BytesIO(tar), os.devnull, compression=compression, threads=threads)
+@pytest.fixture(scope="session")
+def attributes(count: int) -> bytes:
+    headers = [_tar.emit(b"usr/bin/file%06d" % number, xattrs=XATTRS) for number in range(count)]
+    return b"".join([*headers, bytes(1024)])
 
-    layer = measured(build, entries=count, size=len(tar))
-    assert layer.uncompressed_size >= len(tar)
+
+def check(staged: Staged, tar: bytes, entries: int, **options: Any) -> None:
+    expected = build(tar, **options)
+    size = expected.uncompressed_size - len(tar)
+    layer = staged(("toc",), tar, parts=STATED, size=size, entries=entries, **options)
+    assert layer.size == expected.size
+
+
+def test_plain(staged: Staged, plain: bytes, count: int) -> None:
+    """Empty files: an entry is a name, a mode, owners, a time, and the digest of nothing."""
+    check(staged, plain, count)
+
+
+def test_attributes(staged: Staged, attributes: bytes, count: int) -> None:
+    """Empty files with extended attributes, which the table holds in Base64."""
+    check(staged, attributes, count)
+
+
+def test_chunks(staged: Staged, mixed: bytes) -> None:
+    """A file of many chunks: an entry each."""
+    check(staged, make_tar([mixed[: 8 * MIB]]), min(len(mixed), 8 * MIB) // KIB, chunk_size=KIB)
+
+
+@pytest.mark.parametrize("compression", ["estargz", "gzip"])
+def test_build(measured: Measured, plain: bytes, count: int, compression: str) -> None:
+    layer = measured(lambda: build(plain, compression=compression), plain, size=len(plain), entries=count)
+    assert (layer.toc_digest is not None) == (compression == "estargz")
