@@ -10,6 +10,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -504,6 +505,44 @@ def test_closed_standard_output(tmp_path: Path) -> None:
     status, messages = finished(process)
     assert status == 1
     assert "Traceback" not in messages
+
+
+def ends_of(kind: str) -> tuple[int, int]:
+    """(to read from, to write to)"""
+    if kind == "pipe":
+        return os.pipe()
+    ours, theirs = socket.socketpair()
+    return ours.detach(), theirs.detach()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket"])
+@pytest.mark.parametrize("piece", [1, 4095, 1 << 20])
+def test_blob_through_a_slow_reader(tmp_path: Path, kind: str, piece: int) -> None:
+    """Pages of a pipe that are used in part, and sockets that take less than they are offered."""
+    (tmp_path / "tar").write_bytes(NOISE)
+    read, write = ends_of(kind)
+    process = started("build", tmp_path / "tar", "-o", "-", stdout=write)
+    os.close(write)
+    with open(read, "rb", buffering=0) as stream:
+        beginning = b"".join(stream.read(piece) for _ in range(100))
+        blob = beginning + b"".join(iter(lambda: stream.read(1 << 20), b""))
+    assert finished(process)[0] == 0
+    assert blob == blob_of(NOISE)[1]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket"])
+def test_signal_while_the_reader_has_stopped(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "tar").write_bytes(NOISE)
+    read, write = ends_of(kind)
+    process = started("build", tmp_path / "tar", "-o", "-", stdout=write)
+    os.close(write)
+    try:
+        os.read(read, 1)
+        time.sleep(0.5)  # until it surely waits for us
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 143
+    finally:
+        os.close(read)
 
 
 def test_command_on_a_full_device(tmp_path: Path) -> None:

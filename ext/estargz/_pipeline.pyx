@@ -5,13 +5,14 @@ waits. The producer, which is the caller, joins that loop whenever no batch is f
 N threads are never more than N.
 """
 
+import fcntl
 import os
 import stat as stat_module
 import threading
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
-from libc.errno cimport EINTR, EISDIR, ELOOP, ENOENT, ENOTDIR, ESPIPE, errno
+from libc.errno cimport EAGAIN, EINTR, EISDIR, ELOOP, ENOENT, ENOTDIR, ESPIPE, errno
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
@@ -58,6 +59,8 @@ cdef extern from "<poll.h>" nogil:
 
 cdef extern from "files.h" nogil:
     void est_start_writeback(int handle, int64_t offset, int64_t size)
+    int64_t est_pipe_room(int handle, int64_t capacity)
+    ssize_t est_send_some(int handle, const void *data, size_t size)
 
 cdef enum:
     HASHED_TOGETHER = 64        # chunk hashes that are offered to the interleaved kernel at once
@@ -65,7 +68,8 @@ cdef enum:
     GZIP_TRAILER_SIZE = 8
     WRITEBACK_STEP = 8 << 20
     MEMBER_OVERHEAD = 64        # what a member costs beyond member_bound of all their bytes: header, trailer, block ends
-    PIPE_PIECE = 4096           # what a pipe takes without blocking once it is ready
+    PIPE_PIECE = 4096           # what a pipe takes without blocking once it is ready: PIPE_BUF
+    PIPE_SIZE = 1 << 20         # what a pipe is asked to hold, so that neither end waits for the other at every page
 
 # A run of chunks of one file within a batch.
 ctypedef struct file_part:
@@ -139,7 +143,11 @@ cdef class Pipeline:
         self.progress_due_ns = monotonic_ns() + LISTEN_EVERY_NS
         self.sink_fd = write if isinstance(write, int) else -1
         self.sink_write = None if isinstance(write, int) else write
-        self.sink_is_file = self.sink_fd >= 0 and stat_module.S_ISREG(os.fstat(self.sink_fd).st_mode)
+        if self.sink_fd >= 0:
+            mode = os.fstat(self.sink_fd).st_mode
+            self.sink_is_file = stat_module.S_ISREG(mode)
+            self.sink_is_socket = stat_module.S_ISSOCK(mode)
+            self.pipe_size = widened_pipe(self.sink_fd) if stat_module.S_ISFIFO(mode) else 0
         self.producing = STAGE_SOURCE
         self.output = output.encode("utf-8", "surrogateescape")
         self.failed_batch = -1
@@ -619,18 +627,17 @@ cdef class Pipeline:
 
     cdef int write_fd(self, const uint8_t *data, size_t size) noexcept nogil:
         cdef ssize_t written
-        cdef size_t piece
         cdef int code
         while size:
-            piece = size
-            if not self.sink_is_file:
+            if self.sink_is_file:
+                written = write(self.sink_fd, data, size)
+            else:
                 # A reader that has stopped must not keep a cancelled build from ending.
                 code = self.wait_writable()
                 if code:
                     return code
-                piece = min(size, <size_t>PIPE_PIECE)
-            written = write(self.sink_fd, data, piece)
-            if written < 0 and errno != EINTR:
+                written = self.write_some(data, size)
+            if written < 0 and errno != EINTR and errno != EAGAIN:
                 return EST_WRITE
             if written > 0:
                 data += written
@@ -641,6 +648,15 @@ cdef class Pipeline:
             est_start_writeback(self.sink_fd, self.fd_started, self.fd_written - self.fd_started)
             self.fd_started = self.fd_written
         return EST_OK
+
+    cdef ssize_t write_some(self, const uint8_t *data, size_t size) noexcept nogil:
+        """Writes what does not block. The descriptor may be somebody else's too, so it is not for us to make it so."""
+        cdef int64_t room = PIPE_PIECE
+        if self.sink_is_socket:
+            return est_send_some(self.sink_fd, data, size)
+        if self.pipe_size:
+            room = max(room, est_pipe_room(self.sink_fd, self.pipe_size))
+        return write(self.sink_fd, data, min(size, <size_t>room))
 
     cdef int wait_writable(self) noexcept nogil:
         cdef pollfd waiting
@@ -698,6 +714,14 @@ cdef class Pipeline:
             PyBytes_FromStringAndSize(<char *>self.table.chunks.data, self.table.chunks.size),
             PyBytes_FromStringAndSize(<char *>self.table.strings.data, self.table.strings.size),
         )
+
+
+def widened_pipe(fd):
+    """Bytes that a pipe holds, after it was asked to hold more; the system may have reasons not to."""
+    try:
+        return max(fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ), fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, <int>PIPE_SIZE))
+    except OSError:
+        return fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
 
 
 # ------------------------------------------------------------------------------------------------- batches

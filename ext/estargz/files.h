@@ -12,6 +12,8 @@
 #include <stdint.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/xattr.h>
 #include <unistd.h>
@@ -27,6 +29,18 @@ static inline int est_openat2(int directory, const char *path, int flags) {
 
 static inline void est_start_writeback(int handle, int64_t offset, int64_t size) {
     (void)sync_file_range(handle, offset, size, SYNC_FILE_RANGE_WRITE);
+}
+
+/* Bytes that a pipe of so many bytes is sure to take without blocking; only one writer may count on it. The pages at both
+ * ends may be used in part, and a used page has no room for anything else. */
+static inline int64_t est_pipe_room(int handle, int64_t capacity) {
+    int unread = 0;
+    if (ioctl(handle, FIONREAD, &unread)) return 0;
+    return capacity - unread - 2 * (int64_t)getpagesize();
+}
+
+static inline ssize_t est_send_some(int handle, const void *data, size_t size) {
+    return send(handle, data, size, MSG_DONTWAIT | MSG_NOSIGNAL);
 }
 
 /* The value of an extended attribute of directory/name itself, never of what a link points at: bytes, or -1 with errno.
