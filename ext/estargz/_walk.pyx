@@ -54,6 +54,7 @@ cdef enum:
     HANDLES_KEPT = 128          # directory handles that stay open over all frames; the rest are opened again by path
     COMPARE_SIZE = 128 << 10
     XATTR_LIMIT = 64 << 10      # Linux's own limit of a value
+    CAPABILITY_USUAL = 64       # bytes that hold any capability there is today: capability.h knows 12, 20 and 24
     CAPABILITY_AT = 27          # in a packed attribute: two lengths and the key stand before the value
     LINK_WAITS = 1
 
@@ -510,7 +511,10 @@ cdef class TreeWalk:
 
     cdef ssize_t read_capability(self, int handle, const char *name, uint8_t *value) noexcept nogil:
         """Bytes of security.capability, 0 when there is none; -1 with errno set."""
-        cdef ssize_t got = est_getxattr_at(handle, name, "security.capability", value, XATTR_LIMIT)
+        # The kernel allocates and clears as much as it is offered, for every file, before it looks whether there is one.
+        cdef ssize_t got = est_getxattr_at(handle, name, "security.capability", value, CAPABILITY_USUAL)
+        if got < 0 and errno == ERANGE:
+            got = est_getxattr_at(handle, name, "security.capability", value, XATTR_LIMIT)
         if got < 0 and (errno == ENODATA or errno == ENOTSUP):
             return 0
         return got
