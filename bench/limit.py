@@ -50,13 +50,13 @@ BLOB = "blob digest"
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One round: each run's stages, an empty tree's and the whole build's seconds, and the whole build's stages."""
+    """One round: each run's stages, an empty tree's and the whole build's seconds, and the whole build's stages, which are
+    another build's: the command's own process does not tell them."""
 
     runs: dict[str, Stages]
     start: float
     wall: float
     stages: Stages
-    staged_wall: float
 
     def rows(self) -> float:
         """What a table's rows cost in order: the order stage of a run that hashes nothing."""
@@ -116,7 +116,7 @@ def measure_round(tree: Path, blob: Path, threads: int) -> Round:
         start = whole(Path(empty), blob).wall
     runs = {name: staged(tree, blob, 1, parts) for name, parts in RUNS.items()}
     stages = staged(tree, blob, threads, EVERYTHING)
-    return Round(runs, start, whole(tree, blob).wall, stages, stages["inside"] + stages["outside"])
+    return Round(runs, start, whole(tree, blob).wall, stages)
 
 
 def measure(tree: Tree, rounds: int, threads: int, blob: Path) -> dict[str, Any]:
@@ -133,6 +133,8 @@ def limit_report(tree: Tree, threads: int, measured: list[Round]) -> dict[str, A
     digests, _ = middle([round.digests() for round in measured])
     spent, _ = middle([round.spent(threads) for round in measured])
     total, wall = sum(parts.values()), median(round.wall for round in measured)
+    inside = median(round.stages["inside"] for round in measured)
+    called = (total - parts[START]) / threads
     serial = {WALK: parts[WALK], STREAM: digests[STREAM], f"{BLOB}, {WRITE}": digests[BLOB] + parts[WRITE]}
     slowest = max(serial, key=lambda name: serial[name])
     serial_bound = parts[START] + serial[slowest]
@@ -150,6 +152,10 @@ def limit_report(tree: Tree, threads: int, measured: list[Round]) -> dict[str, A
         "walls": [round.wall for round in measured],
         "parallel_fraction": total / threads / wall,
         "serial_fraction": serial_bound / wall,
+        # Of the call alone, in a process that is up: what a build system that embeds the package sees.
+        "call": inside,
+        "call_bound": called,
+        "call_fraction": called / inside,
         "spent": spent,
         "beyond": {name: spent[name] - parts.get(name, 0.0) for name in spent},
     }
@@ -165,7 +171,8 @@ def one_line(limit: dict[str, Any]) -> str:
     where = max(limit["beyond"], key=lambda name: limit["beyond"][name])
     return (
         f"{limit['tree']['name']}: {limit['wall']:.2f} s; the parts' sum over {limit['threads']} threads is "
-        f"{limit['parallel_bound']:.2f} s ({limit['parallel_fraction']:.0%}), the serial bound "
+        f"{limit['parallel_bound']:.2f} s ({limit['parallel_fraction']:.0%}), of the call alone "
+        f"{limit['call_bound']:.2f} of {limit['call']:.2f} s ({limit['call_fraction']:.0%}); the serial bound "
         f"{limit['serial_bound']:.2f} s ({limit['serial_stage']}); most of the rest: {where} "
         f"({limit['beyond'][where]:.2f} thread seconds)"
     )

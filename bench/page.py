@@ -37,7 +37,9 @@ SECOND_BLOB_COLUMNS = {
     "peak space": "space",
 }
 LIMIT_COLUMNS = "tree|level|threads|parts alone s|parallel bound s|serial bound s|whole run s".split("|")
-LIMIT_COLUMNS += "of parallel|of serial|wait s|start and end s|most beyond its part".split("|")
+LIMIT_COLUMNS += (
+    "of parallel|of serial|the call alone s|of its bound|wait s|start and end s|most beyond its part".split("|")
+)
 STAGE_COLUMNS = "stage|alone s|MB/s alone|within the whole run s|beyond its part s".split("|")
 THREAD_COLUMNS = "threads|seconds|MB/s|times as fast as the first|CPU s|peak MB|model s".split("|")
 SIZE_COLUMNS = "case|payload MB|seconds|MB/s|CPU s|peak MB".split("|")
@@ -387,7 +389,15 @@ def limit_section(report: Report) -> Section:
         "end. No run can take less than either. 'Most beyond its part' names the stage whose seconds within the whole "
         "run, over all threads, exceed those by itself the most."
     ]
-    return Section("How near the limit", words, [limit_table(limits), *map(stage_table, limits)], "stages")
+    digests = [digest_table(limits)] if all(limit.get("digests") for limit in limits) else []
+    return Section("How near the limit", words, [limit_table(limits), *map(stage_table, limits), *digests], "stages")
+
+
+def digest_table(limits: Sequence[Limit]) -> Table:
+    """Why the digests' stage takes less than the digests one by one."""
+    names = list(limits[0]["digests"])
+    rows = [[tree_name(limit.get("tree")), *(number(limit["digests"].get(name)) for name in names)] for limit in limits]
+    return Table("Digests alone, seconds", ["tree", *names], rows)
 
 
 def limit_table(limits: Sequence[Limit]) -> Table:
@@ -407,6 +417,8 @@ def limit_row(limit: Limit) -> list[str]:
         number(limit.get("wall")),
         percent(limit.get("parallel_fraction")),
         percent(limit.get("serial_fraction")),
+        number(limit.get("call")),
+        percent(limit.get("call_fraction")),
         number(spent.get("wait")),
         number(spent.get("start and end")),
         f"{costly} {over[costly]:+.2f} s" if costly is not None else NOTHING,

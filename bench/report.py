@@ -9,6 +9,7 @@ README.md beside this file says what is counted.
 from __future__ import annotations
 
 import argparse
+import compileall
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,8 @@ class Extent:
     levels: range
     most_bytes: int
     most_entries: int
+    brief: bool = False
+    """The slowest ways once only, and no daemon: building one takes minutes itself."""
 
 
 FULL = Extent(
@@ -59,6 +63,7 @@ QUICK = Extent(
     levels=range(7),
     most_bytes=64 << 20,
     most_entries=10_000,
+    brief=True,
 )
 
 Report = dict[str, Any]
@@ -67,11 +72,13 @@ Report = dict[str, Any]
 # ------------------------------------------------------------------------------------------------- what is measured
 
 
-def daemon_way(tree: Tree, held: ExitStack) -> tuple[ways.Make | None, str | None]:
-    """Brings a real BuildKit daemon up, if it can be had; else why not."""
+def daemon_way(wanted: bool, held: ExitStack) -> tuple[ways.Make | None, str | None]:
+    """Brings a real BuildKit daemon up, if it is wanted and can be had; else why not."""
     import buildkitd
 
     missing = buildkitd.missing()
+    if not wanted:
+        return None, "left out of a quick look, or by --ways"
     if missing:
         return None, missing
     try:
@@ -87,11 +94,23 @@ def daemon_way(tree: Tree, held: ExitStack) -> tuple[ways.Make | None, str | Non
     return export, None
 
 
-def compare(tree: Tree, extent: Extent, threads: int, blob: Path) -> Report:
-    """All ways over one tree."""
+def compare(tree: Tree, extent: Extent, threads: int, blob: Path, chosen: list[str] | None) -> Report:
+    """All ways over one tree, or the chosen ones."""
     with ExitStack() as held:
-        entrants = ways.all_ways(threads, extent.levels, *daemon_way(tree, held))
+        wanted = not extent.brief and is_chosen(ways.DAEMON, chosen)
+        entrants = ways.all_ways(threads, extent.levels, *daemon_way(wanted, held))
+        if extent.brief:
+            entrants = [replace(way, rounds=1) if way.slow else way for way in entrants]
+        entrants = [way if is_chosen(way.name, chosen) else left_out(way) for way in entrants]
         return contest.hold(tree, entrants, extent.rounds, blob)
+
+
+def is_chosen(name: str, chosen: list[str] | None) -> bool:
+    return chosen is None or any(part in name for part in chosen)
+
+
+def left_out(way: ways.Way) -> ways.Way:
+    return replace(way, skipped=way.skipped or "left out by --ways")
 
 
 def compare_few(tree: Tree, extent: Extent, threads: int, blob: Path) -> Report:
@@ -133,13 +152,14 @@ def blob_in(folder: Path) -> Iterator[Path]:
 def measure(arguments: argparse.Namespace, extent: Extent, path: Path) -> None:
     """Measures and saves after each tree: a run that is ended early keeps what it has."""
     report = arguments.report
+    compile_package()
     report["machine"] = machine.facts(ways.find_peer()[0])
     report["settings"] = {"quick": arguments.quick, "rounds": extent.rounds, "threads": arguments.threads}
     print(machine.headline(report["machine"]), file=sys.stderr, flush=True)
     with blob_in(arguments.blobs or corpora()) as blob:
         for tree in trees(extent.trees):
             if "compare" in arguments.only:
-                held = compare(tree, extent, arguments.threads, blob)
+                held = compare(tree, extent, arguments.threads, blob, arguments.ways)
                 replace_tree(report["compare"], held)
                 replace_tree(report["two_blobs"], contest.one_and_two(held))
                 save(report, path)
@@ -155,6 +175,13 @@ def measure(arguments: argparse.Namespace, extent: Extent, path: Path) -> None:
                     tree, arguments.threads, extent.rounds, extent.most_bytes, extent.most_entries, blob
                 )
                 save(report, path)
+
+
+def compile_package() -> None:
+    """As an installer leaves it, so that no start of ours compiles Python first."""
+    found = find_spec("estargz")
+    if found and found.submodule_search_locations:
+        compileall.compile_dir(found.submodule_search_locations[0], quiet=2)
 
 
 def save(report: Report, path: Path) -> None:
@@ -180,6 +207,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one smaller tree and 3 rounds: some minutes")
     parser.add_argument("--trees", nargs="+", metavar="TREE", help="names of scripts/corpora, or paths")
     parser.add_argument("--only", nargs="+", default=PARTS, choices=PARTS, help="what to measure (default: all)")
+    parser.add_argument("--ways", nargs="+", metavar="TEXT", help="only the ways whose names contain one of these")
     parser.add_argument("--rounds", type=int, metavar="N", help="each of every way once (default: 5, quick 3)")
     parser.add_argument("--threads", type=int, default=cpus, metavar="N", help=f"estargz's threads (default: {cpus})")
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="DIR", help="default: build/bench")

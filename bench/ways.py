@@ -20,6 +20,7 @@ DEFAULT = f"estargz, level {DEFAULT_LEVEL} (default)"
 BUILDKIT = f"BuildKit's compressor, level {BUILDKIT_LEVEL}"
 OURS_TWO = "estargz, two blobs"
 GO_TWO = "Go, two blobs"
+DAEMON = "buildkitd, exporting layers"
 
 # A tree becomes the blob at the path.
 Make = Callable[[Path, Path], Run]
@@ -30,7 +31,7 @@ class Way:
     """One way of making a layer.
 
     ``family``: who made it, for the pictures. ``lazy``: the blob is an eStargz layer. ``rounds``: at most so many; None
-    for as many as all. ``skipped``: why it cannot be run here.
+    for as many as all. ``skipped``: why it cannot be run here. ``slow``: a quick look runs it once.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Way:
     make: Make
     rounds: int | None = None
     skipped: str | None = None
+    slow: bool = False
 
 
 def command_way(command: Callable[[Path, Path], Sequence[str]]) -> Make:
@@ -118,7 +120,8 @@ def buildkit(peer: str, level: int, missing: str | None) -> Way:
     def command(tree: Path, blob: Path) -> list[str]:
         return [peer, "blob", "-how", "buildkit", "-level", str(level), str(tree), str(blob)]
 
-    return Way(f"BuildKit's compressor, level {level}", "buildkit", True, level, command_way(command), skipped=missing)
+    name, slow = f"BuildKit's compressor, level {level}", level != BUILDKIT_LEVEL
+    return Way(name, "buildkit", True, level, command_way(command), skipped=missing, slow=slow)
 
 
 def go_two_blobs(peer: str, missing: str | None) -> Way:
@@ -135,7 +138,7 @@ def go_library(peer: str, missing: str | None) -> list[Way]:
     whole = f"tar cf {{tar}} -C {{tree}} .; {peer} blob -how build -level {level} {{tar}} {{blob}}; rm {{tar}}"
     missing = missing or available("bash", "tar")
     return [
-        Way(f"tar | estargz.Writer, level {level}", "go", True, level, shell_way(writer), skipped=missing),
+        Way(f"tar | estargz.Writer, level {level}", "go", True, level, shell_way(writer), skipped=missing, slow=True),
         Way(f"tar, then estargz.Build, level {level}", "go", True, level, shell_way(whole), skipped=missing),
     ]
 
@@ -146,8 +149,7 @@ def daemon(built: Make | None, missing: str | None) -> Way:
     def none(tree: Path, blob: Path) -> Run:
         raise NotImplementedError
 
-    name = "buildkitd, exporting layers"
-    return Way(name, "buildkit", True, BUILDKIT_LEVEL, built or none, skipped=missing)
+    return Way(DAEMON, "buildkit", True, BUILDKIT_LEVEL, built or none, skipped=missing)
 
 
 # ------------------------------------------------------------------------------------------------- everybody's
@@ -181,7 +183,7 @@ def python_ways(threads: int) -> list[Way]:
 
     no_isal = None if find_spec("isal") else "not installed: the Python package isal"
     return [
-        Way("Python tarfile + gzip, level 6", "python", False, 6, make("gzip", 6)),
+        Way("Python tarfile + gzip, level 6", "python", False, 6, make("gzip", 6), slow=True),
         Way("Python tarfile + isal, level 1", "python", False, 1, make("igzip", 1), skipped=no_isal),
     ]
 

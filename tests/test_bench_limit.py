@@ -98,7 +98,7 @@ def test_a_slow_stage_is_what_the_limit_blames(tree: Path, tmp_path: Path) -> No
     runs = {name: limit.staged(tree, tmp_path / "blob", 1, parts) for name, parts in limit.RUNS.items()}
     slow = staged(tree, tmp_path / "blob", preload=slowed("pread64", tmp_path))
     slow["outside"] = 0.1
-    round_ = limit.Round(runs, 0.1, slow["inside"] + 0.1, slow, slow["inside"] + 0.1)
+    round_ = limit.Round(runs, 0.1, slow["inside"] + 0.1, slow)
     found = limit.limit_report(measure.Tree("t", tree, FILES, FILES, 1), 1, [round_])
     assert max(found["beyond"], key=found["beyond"].__getitem__) == limit.READ
     assert limit.READ in limit.one_line(found)
@@ -129,7 +129,7 @@ def test_what_is_beyond_adds_up() -> None:
     whole = {**stages, "source": 1.0, "read": 2.0, "compress": 4.0, "wait": 0.5, "commit": 0.0, "outside": 0.25}
     alone = {name: {**stages, "commit": 0.0} for name in limit.RUNS}
     alone["nothing"]["source"], alone["read"]["read"], alone["compress"]["compress"] = 1.0, 1.5, 3.0
-    round_ = limit.Round(alone, 0.25, 4.0, {**whole, "inside": 3.75}, 4.0)
+    round_ = limit.Round(alone, 0.25, 4.0, {**whole, "inside": 3.75})
     found = limit.limit_report(measure.Tree("t", Path(), 1, 1, 1), 2, [round_])
     assert found["sum"] == pytest.approx(0.25 + 1.0 + 1.5 + 3.0)
     assert found["parallel_fraction"] == pytest.approx(found["sum"] / 2 / 4.0)
