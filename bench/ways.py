@@ -134,7 +134,7 @@ def go_two_blobs(peer: str, missing: str | None) -> Way:
 def go_library(peer: str, missing: str | None) -> list[Way]:
     """The library's two entries. The writer takes a stream; Build wants a file that it can read in several places."""
     peer, level = shlex.quote(peer), BUILDKIT_LEVEL
-    writer = f"tar cf - -C {{tree}} . | {peer} blob -how lossless -level {level} /dev/stdin {{blob}}"
+    writer = f"tar cf - -C {{tree}} . | {peer} blob -how lossless -uncounted -level {level} /dev/stdin {{blob}}"
     whole = f"tar cf {{tar}} -C {{tree}} .; {peer} blob -how build -level {level} {{tar}} {{blob}}; rm {{tar}}"
     missing = missing or available("bash", "tar")
     return [

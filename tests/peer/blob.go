@@ -32,6 +32,7 @@ type blobJob struct {
 	prioritized             []string
 	allowMissing            bool
 	workers                 int
+	uncounted               bool // leave the uncompressed size out where only inflating the blob would tell
 }
 
 // blobReport is what "blob" prints; what the maker does not tell is left out.
@@ -58,6 +59,7 @@ func runBlob(args []string) error {
 	list := fs.String("prioritized", "", "file of prioritized paths, one a line (build, two-blobs)")
 	fs.BoolVar(&j.allowMissing, "allow-missing", false, "report prioritized paths that are not there instead of failing")
 	fs.IntVar(&j.workers, "workers", 0, "parallel parts of build and two-blobs; 0 is one per CPU")
+	fs.BoolVar(&j.uncounted, "uncounted", false, "do not inflate the blob afterwards to count its bytes (lossless)")
 	pos, err := parse(fs, args, 2)
 	if err != nil {
 		return err
@@ -103,7 +105,7 @@ func runBlob(args []string) error {
 	}
 	r.Seconds = time.Since(start).Seconds()
 	// The plain writer does not tell the uncompressed size: count it, off the clock.
-	if r.UncompressedSize == 0 && isRegular(j.out) {
+	if r.UncompressedSize == 0 && !j.uncounted && isRegular(j.out) {
 		b, err := gunzip(j.out)
 		if err != nil {
 			return err
