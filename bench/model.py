@@ -43,8 +43,10 @@ class Pipeline:
     threads: int
     produced: int = 0
     taken: int = 0
-    sunk: int = 0
-    sinking: bool = False
+    ordered: int = 0
+    written: int = 0
+    ordering: bool = False
+    writing: bool = False
     stream_next: int = 0
     stream_taken: bool = False
     done: set[int] = field(default_factory=set)
@@ -55,11 +57,11 @@ class Pipeline:
         return 4 * self.threads + 4
 
     def room(self) -> bool:
-        alone = self.threads == 1 and self.produced > self.sunk
-        return self.produced < self.costs.batches and self.produced - self.sunk < self.slots and not alone
+        alone = self.threads == 1 and self.produced > self.written
+        return self.produced < self.costs.batches and self.produced - self.written < self.slots and not alone
 
     def producer(self) -> Life:
-        while self.sunk < self.costs.batches:
+        while self.written < self.costs.batches:
             if self.room():
                 yield self.costs.source
                 self.produced += 1
@@ -67,12 +69,14 @@ class Pipeline:
                 yield from self.step()
 
     def worker(self) -> Life:
-        while self.sunk < self.costs.batches:
+        while self.written < self.costs.batches:
             yield from self.step()
 
     def step(self) -> Life:
-        if not self.sinking and self.sunk in self.done:
-            yield from self.sink(self.sunk)
+        if not self.writing and self.written < self.ordered:
+            yield from self.write()
+        elif not self.ordering and self.ordered in self.done:
+            yield from self.order(self.ordered)
         elif self.taken < self.produced:
             self.taken += 1
             yield from self.work(self.taken - 1)
@@ -104,16 +108,21 @@ class Pipeline:
         self.stream_hashed.add(batch)
         self.stream_taken, self.stream_next = False, batch + 1
 
-    def sink(self, batch: int) -> Life:
-        self.sinking = True
+    def order(self, batch: int) -> Life:
+        self.ordering = True
         if batch in self.stream_hashed:
             yield self.costs.blob
         else:
             yield self.costs.stream_and_blob
             self.return_stream(batch)
+        self.ordered += 1
+        self.ordering = False
+
+    def write(self) -> Life:
+        self.writing = True
         yield self.costs.write
-        self.sunk += 1
-        self.sinking = False
+        self.written += 1
+        self.writing = False
 
 
 def seconds(costs: Costs, threads: int) -> float:

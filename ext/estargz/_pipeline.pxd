@@ -56,9 +56,10 @@ cdef enum batch_state:
     STATE_READY
     STATE_WORKING
     STATE_DONE
+    STATE_ORDERED
 
 # A contiguous slice of the uncompressed stream with everything a worker and the sink need to know of it. Owned by the
-# producer until submit, by one worker until it is done, by the sink until it is free again.
+# producer until submit, by one worker until it is done, by whoever puts it in order, and by whoever writes it.
 ctypedef struct batch:
     int64_t number
     int kind
@@ -129,8 +130,8 @@ cdef class Pipeline:
     cdef batch *slots
     cdef batch **ring
     cdef readonly int64_t slot_count
-    cdef int64_t produced, taken, sunk
-    cdef bint sinking, ended
+    cdef int64_t produced, taken, ordered, written
+    cdef bint ordering, writing, ended
     cdef est_failure failure             # code 0: none so far
     cdef int64_t failed_batch
 
@@ -154,7 +155,8 @@ cdef class Pipeline:
     cdef uint32_t piece_crc
     cdef int64_t piece_raw_size
     cdef readonly int64_t piece_offset   # blob offset of the first piece
-    cdef int64_t tar_size, blob_size
+    cdef int64_t tar_size, blob_size     # of what is written
+    cdef int64_t placed_size             # of the blob as far as it is in order
     cdef int64_t tar_hash_next           # number of the batch that the stream's hash has come to
     cdef bint tar_hash_taken             # by a worker or the sink
     cdef toc_table table
@@ -173,7 +175,11 @@ cdef class Pipeline:
     cdef void return_tar_hash(self, batch *b) noexcept nogil
     cdef int hash_chunks(self, batch *b, bint with_tar) noexcept nogil
     cdef int compress(self, batch *b, worker *w) noexcept nogil
-    cdef int sink(self, batch *b, worker *w) noexcept nogil
+    cdef int order(self, batch *b) noexcept nogil
+    cdef int write_batch(self, batch *b) noexcept nogil
+    cdef bint failed_before(self, int64_t number) noexcept nogil
+    cdef void give_up(self, batch *b, int code) noexcept nogil
+    cdef size_t blob_part(self, const batch *b) noexcept nogil
     cdef void hash_in_order(self, batch *b) noexcept nogil
     cdef int record(self, batch *b) noexcept nogil
     cdef int finish_pieces(self, batch *b) noexcept nogil

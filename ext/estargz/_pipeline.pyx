@@ -1,7 +1,7 @@
 """The parallel middle of the build: batches of the tar stream in, members out in order (docs/architecture.md).
 
-Every thread runs the same loop: sink the next batch if it is done and nobody sinks, else work on the next batch that
-waits. The producer, which is the caller, joins that loop whenever no batch is free. So one thread needs no other, and
+Every thread runs the same loop: write the next batch if it is in order and nobody writes, else put the next one in order
+if it is done and nobody else does, else work on the next batch that waits. The producer, which is the caller, joins that loop whenever no batch is free. So one thread needs no other, and
 N threads are never more than N.
 """
 
@@ -196,8 +196,8 @@ cdef class Pipeline:
         self.attend()
         pthread_mutex_lock(&self.lock)
         while not self.failure.code:
-            if self.produced - self.sunk < self.slot_count and not (self.threads == 1 and self.producer_helps
-                                                                    and self.produced > self.sunk):
+            if self.produced - self.written < self.slot_count and not (self.threads == 1 and self.producer_helps
+                                                                       and self.produced > self.written):
                 for i in range(self.slot_count):
                     if self.slots[i].state == STATE_FREE:
                         found = &self.slots[i]
@@ -236,8 +236,8 @@ cdef class Pipeline:
         """Waits until every submitted batch is written, working meanwhile. EST_OK, or the failure's code."""
         charge(&self.workers[0], self.producing)
         pthread_mutex_lock(&self.lock)
-        while self.sunk < self.produced:
-            if self.failure.code and (self.failed_batch < 0 or self.sunk >= self.failed_batch):
+        while self.written < self.produced:
+            if self.failure.code and (self.failed_batch < 0 or self.written >= self.failed_batch):
                 break
             if not (self.producer_helps and self.step(&self.workers[0])):
                 self.wait_for_progress()
@@ -299,7 +299,8 @@ cdef class Pipeline:
         batch_number -1: the producer's own failure, which comes after everything it has submitted.
         """
         pthread_mutex_lock(&self.lock)
-        if not self.failure.code or (0 <= batch_number < self.failed_batch):
+        if (not self.failure.code or 0 <= batch_number < self.failed_batch
+                or (batch_number >= 0 > self.failed_batch and self.failure.code != EST_CANCELLED)):
             self.failure = failure[0]
             self.failed_batch = batch_number
         pthread_cond_broadcast(&self.work_or_end)
@@ -377,23 +378,37 @@ cdef class Pipeline:
         cdef int code
         if self.failure.code and self.failed_batch < 0 and self.failure.code == EST_CANCELLED:
             return False
-        if not self.sinking and self.sunk < self.taken and not (self.failure.code and self.sunk == self.failed_batch):
-            b = self.ring[self.sunk % self.slot_count]
-            if b.state == STATE_DONE:
-                self.sinking = True
-                pthread_mutex_unlock(&self.lock)
-                code = self.sink(b, w)
-                if code:
-                    if b.failure.code != code:
-                        set_failure(&b.failure, code, 0, self.tar_size, NULL, 0)
-                    self.fail(&b.failure, b.number)
-                pthread_mutex_lock(&self.lock)
-                self.sinking = False
-                if not code:
-                    b.state = STATE_FREE
-                    self.sunk += 1
-                pthread_cond_signal(&self.progress_made)
-                return True
+        if not self.writing and self.written < self.ordered and not self.failed_before(self.written):
+            b = self.ring[self.written % self.slot_count]
+            self.writing = True
+            pthread_mutex_unlock(&self.lock)
+            code = self.write_batch(b)
+            if code:
+                self.give_up(b, code)
+            charge(w, STAGE_WRITE)
+            pthread_mutex_lock(&self.lock)
+            self.writing = False
+            if not code:
+                b.state = STATE_FREE
+                self.written += 1
+            pthread_cond_signal(&self.progress_made)
+            return True
+        if (not self.ordering and self.ordered < self.taken and not self.failed_before(self.ordered)
+                and self.ring[self.ordered % self.slot_count].state == STATE_DONE):
+            b = self.ring[self.ordered % self.slot_count]
+            self.ordering = True
+            pthread_mutex_unlock(&self.lock)
+            code = self.order(b)
+            if code:
+                self.give_up(b, code)
+            charge(w, STAGE_ORDER)
+            pthread_mutex_lock(&self.lock)
+            self.ordering = False
+            if not code:
+                b.state = STATE_ORDERED
+                self.ordered += 1
+            pthread_cond_signal(&self.progress_made)
+            return True
         if self.taken < self.produced and not (self.failure.code and self.taken > self.failed_batch >= 0):
             b = self.ring[self.taken % self.slot_count]
             self.taken += 1
@@ -405,10 +420,19 @@ cdef class Pipeline:
                 self.fail(&b.failure, b.number)
             pthread_mutex_lock(&self.lock)
             b.state = STATE_DONE
-            if self.sunk == b.number:
+            if self.ordered == b.number:
                 pthread_cond_signal(&self.progress_made)
             return True
         return False
+
+    cdef bint failed_before(self, int64_t number) noexcept nogil:
+        """Whether a batch is, or comes behind, one that has failed; the producer's own failure comes behind them all."""
+        return self.failure.code and 0 <= self.failed_batch <= number
+
+    cdef void give_up(self, batch *b, int code) noexcept nogil:
+        if b.failure.code != code:
+            set_failure(&b.failure, code, 0, self.tar_size, NULL, 0)
+        self.fail(&b.failure, b.number)
 
     cdef void work(self, batch *b, worker *w) noexcept nogil:
         cdef int code = EST_OK
@@ -519,9 +543,10 @@ cdef class Pipeline:
             members[i].out_end = b.out_size
         return EST_OK
 
-    # --------------------------------------------------------------------------------------------- the sink, in order
+    # --------------------------------------------------------------------------------------------- in order
 
-    cdef int sink(self, batch *b, worker *w) noexcept nogil:
+    cdef int order(self, batch *b) noexcept nogil:
+        """What follows from the place in the stream: offsets, and the hashes that run over all of it."""
         cdef int code = EST_OK
         if b.kind == BATCH_PIECE:
             code = self.finish_pieces(b)
@@ -530,14 +555,18 @@ cdef class Pipeline:
         if code:
             return code
         self.hash_in_order(b)
-        charge(w, STAGE_ORDER)
-        if not self.parts & PART_WRITE:
-            pass
-        elif self.codec == CODEC_GZIP:
-            code = self.write_out(b.out, b.out_size)
-        elif self.codec == CODEC_COPY:
-            code = self.write_out(b.raw, b.raw_size)
-        charge(w, STAGE_WRITE)
+        self.placed_size += self.blob_part(b)
+        return EST_OK
+
+    cdef size_t blob_part(self, const batch *b) noexcept nogil:
+        """Bytes of the blob that a batch makes."""
+        return b.out_size if self.codec == CODEC_GZIP else b.raw_size if self.codec == CODEC_COPY else 0
+
+    cdef int write_batch(self, batch *b) noexcept nogil:
+        cdef size_t size = self.blob_part(b)
+        cdef int code = EST_OK
+        if size and self.parts & PART_WRITE:
+            code = self.write_out(b.out if self.codec == CODEC_GZIP else b.raw, size)
         if code:
             self.describe_sink_failure(code, &b.failure)
             return code
@@ -581,7 +610,7 @@ cdef class Pipeline:
         """The trailer of a member made of pieces needs the checksum over all of them."""
         cdef uint32_t size
         if b.first_piece:
-            self.piece_offset = self.blob_size
+            self.piece_offset = self.placed_size
         self.piece_crc = crc32_gzip_refl(self.piece_crc, b.raw, b.raw_size)
         self.piece_raw_size += b.raw_size
         if b.last_piece:
@@ -760,7 +789,7 @@ cdef void free_batch(batch *b) noexcept nogil:
 cdef int record_chunk(Pipeline p, batch *b, const chunk_span *chunk) noexcept nogil:
     cdef toc_row *row = <toc_row *>p.table.rows.data + chunk.row
     cdef const member_span *members = <member_span *>b.members.data
-    cdef int64_t offset = p.blob_size + (members[chunk.member - 1].out_end if chunk.member else 0)
+    cdef int64_t offset = p.placed_size + (members[chunk.member - 1].out_end if chunk.member else 0)
     cdef int64_t inner_offset = chunk.raw_at - members[chunk.member].raw_at
     cdef chunk_row place
     if chunk.chunk_offset == 0:
