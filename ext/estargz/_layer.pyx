@@ -572,6 +572,10 @@ cdef class LayerBuilder:
         threads = self.pipeline.stages()
         return {name: sum(thread[name] for thread in threads) for name in threads[0]}
 
+    def extent(self):
+        """See Pipeline.extent."""
+        return self.pipeline.extent()
+
     def tables(self):
         """(rows, chunks, strings) as bytes; see Pipeline.tables. Valid after finish."""
         return self.pipeline.tables()

@@ -145,7 +145,7 @@ cdef class Pipeline:
 
     cdef int sink_fd                     # -1: none
     cdef bint sink_is_file, sink_is_socket
-    cdef int64_t pipe_size               # 0: no pipe
+    cdef int pipe_fd                     # the same pipe by a description of our own that never blocks; -1: none
     cdef int64_t fd_written, fd_started  # bytes written to it, and of them those whose writeback was started
     cdef object sink_write               # or a callable
     cdef object sink_error
@@ -191,6 +191,7 @@ cdef class Pipeline:
     cdef bint listen(self) noexcept nogil
     cdef ssize_t write_some(self, const uint8_t *data, size_t size) noexcept nogil
     cdef int wait_writable(self) noexcept nogil
+    cdef void close_pipe(self) noexcept nogil
     cdef bint no_signal(self) noexcept with gil
     cdef bint call_back(self) noexcept with gil
     cdef void wait_for_progress(self) noexcept nogil

@@ -59,7 +59,7 @@ cdef extern from "<poll.h>" nogil:
 
 cdef extern from "files.h" nogil:
     void est_start_writeback(int handle, int64_t offset, int64_t size)
-    int64_t est_pipe_room(int handle, int64_t capacity)
+    bint est_is_stream(int handle)
     ssize_t est_send_some(int handle, const void *data, size_t size)
 
 cdef enum:
@@ -127,9 +127,12 @@ cdef class Pipeline:
                   bint producer_helps, bint keep_rows, write, str output, progress, size_t members_most,
                   parts=None):
         cdef int64_t i
+        self.pipe_fd = -1
         self.codec = codec
         self.level = level
         for name in PARTS if parts is None else parts:
+            if name not in PARTS:
+                raise ValueError(f"no part {name!r}; there are {', '.join(PARTS)}")
             self.parts |= PARTS[name]
         self.raw_capacity = raw_capacity
         self.out_capacity = member_bound(raw_capacity) + PIECE_MARGIN + members_most * MEMBER_OVERHEAD
@@ -146,8 +149,9 @@ cdef class Pipeline:
         if self.sink_fd >= 0:
             mode = os.fstat(self.sink_fd).st_mode
             self.sink_is_file = stat_module.S_ISREG(mode)
-            self.sink_is_socket = stat_module.S_ISSOCK(mode)
-            self.pipe_size = widened_pipe(self.sink_fd) if stat_module.S_ISFIFO(mode) else 0
+            self.sink_is_socket = stat_module.S_ISSOCK(mode) and est_is_stream(self.sink_fd)
+            if stat_module.S_ISFIFO(mode):
+                self.pipe_fd = own_pipe(self.sink_fd)
         self.producing = STAGE_SOURCE
         self.output = output.encode("utf-8", "surrogateescape")
         self.failed_batch = -1
@@ -177,6 +181,7 @@ cdef class Pipeline:
                 if self.workers[i].opened:
                     compressor_close(&self.workers[i].state)
                 directory_cache_close(&self.workers[i].directory)
+        self.close_pipe()
         free(self.slots)
         free(self.ring)
         free(self.workers)
@@ -277,6 +282,7 @@ cdef class Pipeline:
             return True
         pthread_mutex_unlock(&self.lock)
         go_on = self.call_back()
+        charge(&self.workers[0], STAGE_WAIT)
         pthread_mutex_lock(&self.lock)
         self.progress_due_ns = monotonic_ns() + LISTEN_EVERY_NS
         if not go_on and not self.failure.code:
@@ -330,8 +336,15 @@ cdef class Pipeline:
             if thread.ident is not None:
                 thread.join()
         self.started = []
+        self.close_pipe()
         for i in range(self.worker_count):  # at once: the traceback of a failure may keep this object for long
             directory_cache_close(&self.workers[i].directory)
+
+    cdef void close_pipe(self) noexcept nogil:
+        # As long as it is open, the reader does not see the end.
+        if self.pipe_fd >= 0:
+            close(self.pipe_fd)
+        self.pipe_fd = -1
 
     def raise_failure(self):
         """Raises what went wrong; call it after close."""
@@ -680,12 +693,11 @@ cdef class Pipeline:
 
     cdef ssize_t write_some(self, const uint8_t *data, size_t size) noexcept nogil:
         """Writes what does not block. The descriptor may be somebody else's too, so it is not for us to make it so."""
-        cdef int64_t room = PIPE_PIECE
         if self.sink_is_socket:
             return est_send_some(self.sink_fd, data, size)
-        if self.pipe_size:
-            room = max(room, est_pipe_room(self.sink_fd, self.pipe_size))
-        return write(self.sink_fd, data, min(size, <size_t>room))
+        if self.pipe_fd >= 0:
+            return write(self.pipe_fd, data, size)
+        return write(self.sink_fd, data, min(size, <size_t>PIPE_PIECE))
 
     cdef int wait_writable(self) noexcept nogil:
         cdef pollfd waiting
@@ -736,6 +748,11 @@ cdef class Pipeline:
         return [dict(zip(STAGE_NAMES, [ns * 1e-9 for ns in self.workers[i].spent_ns]))
                 for i in range(self.worker_count)]
 
+    def extent(self):
+        """What the batches were: how many, how many at once, and the bytes that each may take."""
+        both = self.raw_capacity + (self.out_capacity if self.codec == CODEC_GZIP else 0)
+        return {"batches": self.produced, "slots": self.slot_count, "slot_bytes": both}
+
     def tables(self):
         """(rows, chunks, strings) as bytes: toc_row and chunk_row structs and the strings the rows point into."""
         return (
@@ -745,12 +762,18 @@ cdef class Pipeline:
         )
 
 
-def widened_pipe(fd):
-    """Bytes that a pipe holds, after it was asked to hold more; the system may have reasons not to."""
+def own_pipe(fd):
+    """A descriptor of the same pipe that does not block, for a pipe that holds more; -1 where the system has reasons not
+    to give one, and the pipe is then written to by pieces that surely fit."""
     try:
-        return max(fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ), fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, <int>PIPE_SIZE))
+        if fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ) < PIPE_SIZE:
+            fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, <int>PIPE_SIZE)
     except OSError:
-        return fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
+        pass
+    try:
+        return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return -1
 
 
 # ------------------------------------------------------------------------------------------------- batches

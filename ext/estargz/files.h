@@ -12,7 +12,6 @@
 #include <stdint.h>
 #include <stdio.h>
 #include <string.h>
-#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/xattr.h>
@@ -31,12 +30,11 @@ static inline void est_start_writeback(int handle, int64_t offset, int64_t size)
     (void)sync_file_range(handle, offset, size, SYNC_FILE_RANGE_WRITE);
 }
 
-/* Bytes that a pipe of so many bytes is sure to take without blocking; only one writer may count on it. The pages at both
- * ends may be used in part, and a used page has no room for anything else. */
-static inline int64_t est_pipe_room(int handle, int64_t capacity) {
-    int unread = 0;
-    if (ioctl(handle, FIONREAD, &unread)) return 0;
-    return capacity - unread - 2 * (int64_t)getpagesize();
+/* Whether a socket takes bytes, and not messages that must stay whole. */
+static inline int est_is_stream(int handle) {
+    int type = 0;
+    socklen_t size = sizeof type;
+    return !getsockopt(handle, SOL_SOCKET, SO_TYPE, &type, &size) && type == SOCK_STREAM;
 }
 
 static inline ssize_t est_send_some(int handle, const void *data, size_t size) {
