@@ -50,10 +50,16 @@ class Entrant:
             "lazy": way.lazy,
             "level": way.level,
             "skipped": self.skipped,
-            "note": "",
+            "note": way.note,
             "size": self.runs[-1].size if self.runs else 0,
             "runs": [run_report(run) for run in self.runs],
         }
+
+
+def made(rounds: int, threads: int | None = None) -> dict[str, Any]:
+    """What a part of the report is of: one report may hold parts of several runs."""
+    moment = {"date": machine.now(), "commit": machine.commit(), "rounds": rounds}
+    return moment if threads is None else {**moment, "threads": threads}
 
 
 def run_report(run: Run) -> dict[str, Any]:
@@ -82,7 +88,12 @@ def hold(tree: Tree, ways: Sequence[Way], rounds: int, blob: Path) -> dict[str, 
                 if time.monotonic() - began > FORGETTING_SECONDS:
                     read_tree(tree.name, tree.path)  # so that the next one finds it in memory too
     tell("")
-    contest = {"tree": tree_report(tree), "ways": [entrant.report() for entrant in entrants], "load_averages": loads}
+    contest = {
+        "tree": tree_report(tree),
+        "made": made(rounds),
+        "ways": [entrant.report() for entrant in entrants],
+        "load_averages": loads,
+    }
     add_small_note(contest)
     return contest
 
@@ -99,7 +110,7 @@ def add_small_note(contest: dict[str, Any]) -> None:
 def one_and_two(contest: dict[str, Any]) -> dict[str, Any]:
     """The same rounds, seen as one blob against two."""
     ways = [{**way, "name": ONE_AND_TWO[way["name"]]} for way in contest["ways"] if way["name"] in ONE_AND_TWO]
-    return {"tree": contest["tree"], "ways": ways}
+    return {"tree": contest["tree"], "made": contest["made"], "ways": ways}
 
 
 def tell(line: str) -> None:

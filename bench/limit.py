@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from contest import tell, tree_report
-from measure import Tree, run_to_blob
+from contest import made, tell, tree_report
+from measure import Tree, read_tree, run_to_blob
 from ways import DEFAULT_LEVEL, build
 
 Stages = dict[str, float]
@@ -41,6 +42,8 @@ TOC = "table of contents"
 WRITE = "write, sync"
 WAIT = "wait"
 
+OF_PAYLOAD = (READ, DIGESTS, COMPRESS, WRITE)
+
 # The digests one by one: a build has the first two interleaved.
 CHUNKS = "chunk digests"
 STREAM = "DiffID"
@@ -50,8 +53,7 @@ BLOB = "blob digest"
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One round: each run's stages, an empty tree's and the whole build's seconds, and the whole build's stages, which are
-    another build's: the command's own process does not tell them."""
+    """One round: each run's stages, the seconds of an empty tree and of the whole build, the stages of the latter."""
 
     runs: dict[str, Stages]
     start: float
@@ -87,10 +89,14 @@ class Round:
         }
 
     def spent(self, threads: int) -> Stages:
-        """Thread seconds of the whole build by the same names; before and after it, all threads but one do nothing."""
+        """Thread seconds of the whole build by the same names; before and after it, all threads but one do nothing.
+
+        The command's own process does not tell its stages, so they are those of the same build in a process that does,
+        and what the command took beyond that build is its start and end.
+        """
         stages = self.stages
         return {
-            START: threads * stages["outside"],
+            START: threads * (self.wall - stages["inside"]),
             WALK: stages["source"],
             READ: stages["read"],
             DIGESTS: stages["hash"] + stages["order"] - self.rows(),
@@ -113,7 +119,8 @@ def staged(tree: Path, blob: Path, threads: int, parts: tuple[str, ...], compres
 def measure_round(tree: Path, blob: Path, threads: int) -> Round:
     whole = build(threads)
     with tempfile.TemporaryDirectory(dir=blob.parent) as empty:
-        start = whole(Path(empty), blob).wall
+        # Without the sync of its blob: that is a part of its own.
+        start = whole(Path(empty), blob).wall - staged(Path(empty), blob, 1, EVERYTHING)["commit"]
     runs = {name: staged(tree, blob, 1, parts) for name, parts in RUNS.items()}
     stages = staged(tree, blob, threads, EVERYTHING)
     return Round(runs, start, whole(tree, blob).wall, stages)
@@ -124,6 +131,7 @@ def measure(tree: Tree, rounds: int, threads: int, blob: Path) -> dict[str, Any]
     measured = []
     for number in range(rounds):
         tell(f"{tree.name}, round {number + 1} of {rounds}: each part alone")
+        read_tree(tree.name, tree.path)  # so that every round finds it in memory
         measured.append(measure_round(tree.path, blob, threads))
     return limit_report(tree, threads, measured)
 
@@ -134,23 +142,27 @@ def limit_report(tree: Tree, threads: int, measured: list[Round]) -> dict[str, A
     spent, _ = middle([round.spent(threads) for round in measured])
     total, wall = sum(parts.values()), median(round.wall for round in measured)
     inside = median(round.stages["inside"] for round in measured)
-    called = (total - parts[START]) / threads
-    serial = {WALK: parts[WALK], STREAM: digests[STREAM], f"{BLOB}, {WRITE}": digests[BLOB] + parts[WRITE]}
+    cores = min(threads, len(os.sched_getaffinity(0)))
+    called = (total - parts[START]) / cores
+    serial = {WALK: parts[WALK], STREAM: digests[STREAM], BLOB: digests[BLOB], WRITE: parts[WRITE]}
     slowest = max(serial, key=lambda name: serial[name])
-    serial_bound = parts[START] + serial[slowest]
+    serial_bound = parts[START] + serial[slowest] + parts[TOC]
     return {
         "tree": tree_report(tree),
         "level": DEFAULT_LEVEL,
         "threads": threads,
-        "parts": [{"stage": name, "seconds": parts[name], "each": each[name], "bytes": tree.size} for name in parts],
+        "made": made(len(measured)),
+        "parts": [
+            {"stage": name, "seconds": parts[name], "each": each[name], "bytes": tree.size * (name in OF_PAYLOAD)}
+            for name in parts
+        ],
         "digests": digests,
         "sum": total,
-        "parallel_bound": total / threads,
+        "parallel_bound": total / cores,
         "serial_bound": serial_bound,
         "serial_stage": slowest,
         "wall": wall,
-        "walls": [round.wall for round in measured],
-        "parallel_fraction": total / threads / wall,
+        "parallel_fraction": total / cores / wall,
         "serial_fraction": serial_bound / wall,
         # Of the call alone, in a process that is up: what a build system that embeds the package sees.
         "call": inside,

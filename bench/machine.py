@@ -16,21 +16,23 @@ from measure import REPOSITORY, own_peak
 
 LIBRARIES = ("libisal", "libdeflate", "libcrypto", "libzstd")
 SETTINGS = ("CONTAINERD_DISABLE_IGZIP", "CONTAINERD_DISABLE_PIGZ", "GOMAXPROCS", "GOGC", "SOURCE_DATE_EPOCH")
+TOOLS = ("tar", "pigz", "igzip", "zstd", "runc")
 HELPERS = ("igzip", "unpigz")
 
 # Asked of another interpreter, so that this one stays small: the peaks it measures begin with its own.
 ASK = """
-import json, ssl, estargz
+import importlib.metadata, importlib.util, json, ssl, estargz
 from estargz import _codec, _sha256
 print(json.dumps({"estargz": estargz.__version__, "isal": _codec.ISAL_VERSION, "sha256_lanes": _sha256.lanes(),
-                  "python_openssl": ssl.OPENSSL_VERSION}))
+                  "python_openssl": ssl.OPENSSL_VERSION,
+                  "python_isal": importlib.util.find_spec("isal") and importlib.metadata.version("isal")}))
 """
 
 
 def facts(peer: Path | None) -> dict[str, Any]:
     """Everything but the figures."""
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": now(),
         "commit": commit(),
         "cpu": cpu_model(),
         "cpus": len(os.sched_getaffinity(0)),
@@ -39,13 +41,17 @@ def facts(peer: Path | None) -> dict[str, Any]:
         "python": platform.python_version(),
         "package": json.loads(said(sys.executable, "-c", ASK) or "{}"),
         "libraries": {name: said("pkg-config", "--modversion", name) for name in LIBRARIES},
-        "tools": {name: (said(name, "--version") or "").partition("\n")[0] or None for name in ("tar", "igzip")},
+        "tools": {name: (said(name, "--version") or "").partition("\n")[0] or None for name in TOOLS},
         "peer": json.loads(said(str(peer), "version") or "{}") if peer else None,
         "on_path": {name: shutil.which(name) is not None for name in HELPERS},
         "environment": {name: os.environ.get(name) for name in SETTINGS},
         "load_average": load(),
         "peak_floor_bytes": own_peak(),
     }
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def said(*command: str) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -39,10 +40,12 @@ class Run:
     written: int
     """Made dirty in files, so that the disk has to take it sooner or later; pipes do not count."""
     disk_read: int
-    """Of ``read``, what really came from the disk: nothing where the page cache had it."""
+    """What really came from the disk, programs included: nothing where the page cache had it."""
     space: int
     """The most that the output's file system held more than before."""
     output: str
+    floor: int = 0
+    """Resident set of this interpreter at the start: a peak that is not above it is not known any better."""
     size: int = 0
     """Of the blob."""
     sync: float = 0.0
@@ -66,8 +69,8 @@ class Tree:
 def run(command: Sequence[str | os.PathLike[str]], folder: Path | None = None) -> Run:
     """Runs a command to its end. ``folder``: where it writes. Raises Failure with the end of what it said."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, watched_space(folder) as space:
-        busy, moved, started = busy_seconds(), moved_bytes(), time.perf_counter()
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+        floor, busy, moved, started = own_peak(), busy_seconds(), moved_bytes(), time.perf_counter()
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, process_group=0)
         status, usage = wait(process)
         wall = time.perf_counter() - started
         busy, moved = busy_seconds() - busy, {name: size - moved[name] for name, size in moved_bytes().items()}
@@ -84,6 +87,7 @@ def run(command: Sequence[str | os.PathLike[str]], folder: Path | None = None) -
             disk_read=moved["read_bytes"],
             space=space.most(),
             output=text_of(out),
+            floor=floor,
         )
 
 
@@ -91,7 +95,7 @@ def wait(process: subprocess.Popen[bytes]) -> tuple[int, resource.struct_rusage]
     try:
         _, status, usage = os.wait4(process.pid, 0)
     except BaseException:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # a shell's children too
         process.wait()
         raise
     process.returncode = os.waitstatus_to_exitcode(status)
@@ -100,12 +104,15 @@ def wait(process: subprocess.Popen[bytes]) -> tuple[int, resource.struct_rusage]
 
 def run_to_blob(command: Sequence[str | os.PathLike[str]], blob: Path) -> Run:
     """Runs a command that writes ``blob``, which is made durable, weighed and removed; a device is left alone."""
-    done = run(command, blob.parent)
-    if blob.is_file():
-        done.sync = make_durable(blob)
-        done.size = blob.stat().st_size
-        blob.unlink()
-    return done
+    try:
+        done = run(command, blob.parent)
+        if blob.is_file():
+            done.sync = make_durable(blob)
+            done.size = blob.stat().st_size
+        return done
+    finally:
+        if blob.is_file():
+            blob.unlink()
 
 
 def make_durable(blob: Path) -> float:

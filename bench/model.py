@@ -27,9 +27,13 @@ class Costs:
     """In order: the same together with the stream's digest."""
     write: float
     batches: int
+    slot_bytes: int
+    """Memory that a batch under way takes."""
     start: float
     tail: float
 
+
+MEMORY_PER_THREAD = 32 << 20  # of the default budget, and as much once more (options.py)
 
 # A thread's life: it yields seconds that it is busy for, or None when there is nothing to do.
 Life = Generator[float | None, None, None]
@@ -54,7 +58,8 @@ class Pipeline:
 
     @property
     def slots(self) -> int:
-        return 4 * self.threads + 4
+        """Batches under way: as many as the default budget allows, at most four a thread and four more."""
+        return min(MEMORY_PER_THREAD * (self.threads + 1) // self.costs.slot_bytes, 4 * self.threads + 4)
 
     def room(self) -> bool:
         alone = self.threads == 1 and self.produced > self.written

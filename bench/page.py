@@ -40,11 +40,13 @@ LIMIT_COLUMNS = "tree|level|threads|parts alone s|parallel bound s|serial bound 
 LIMIT_COLUMNS += (
     "of parallel|of serial|the call alone s|of its bound|wait s|start and end s|most beyond its part".split("|")
 )
-STAGE_COLUMNS = "stage|alone s|MB/s alone|within the whole run s|beyond its part s".split("|")
-THREAD_COLUMNS = "threads|seconds|MB/s|times as fast as the first|CPU s|peak MB|model s".split("|")
+STAGE_COLUMNS = "stage|alone s|MB/s alone|within the whole run, thread s|beyond its part, thread s".split("|")
+THREAD_COLUMNS = "threads|seconds|MB/s|times as fast as the first|CPU s|peak MB|model s|model / measured".split("|")
 SIZE_COLUMNS = "case|payload MB|seconds|MB/s|CPU s|peak MB".split("|")
 ENTRY_COLUMNS = "case|entries|payload MB|seconds|entries/s|CPU s|peak MB".split("|")
 TEXT_COLUMNS = {"fact", "what", "way", "note", "tree", "stage", "whose", "most beyond its part", "case"}
+
+OVER = " over "
 
 PEER_MODULES = ("moby/buildkit", "stargz-snapshotter/estargz", "containerd/v2", "containerd/continuity", "compress")
 
@@ -93,6 +95,13 @@ def middle(measured: Measured, key: str) -> float | None:
 
 def largest(measured: Measured, key: str) -> float | None:
     return max(values(measured, key), default=None)
+
+
+def peak(measured: Measured) -> str:
+    """Megabytes; a process that needs less than the one that started it cannot be told from it."""
+    found, floor = largest(measured, "peak"), largest(measured, "floor")
+    unknown = found is not None and floor is not None and found <= floor
+    return f"≤ {megabytes(found)}" if unknown else megabytes(found)
 
 
 def ratios(above: Measured, below: Measured, key: str = "wall") -> list[float]:
@@ -218,6 +227,7 @@ def sections(report: Report) -> list[Section]:
 
 def machine_section(report: Report) -> Section:
     machine = report["machine"]
+    on_path, settings = machine.get("on_path") or {}, machine.get("environment") or {}
     facts = {
         "CPU": f"{machine.get('cpu', 'unknown')}, {machine.get('cpus', 'unknown')} CPUs",
         "kernel": machine.get("kernel"),
@@ -227,6 +237,8 @@ def machine_section(report: Report) -> Section:
         "package": listed(machine.get("package")),
         "libraries": listed(machine.get("libraries")),
         "tools": listed(machine.get("tools")),
+        "on PATH for Go's packages": ", ".join(name for name, there in on_path.items() if there) or "none",
+        "settings": ", ".join(f"{name}={value}" for name, value in settings.items() if value) or "none",
         "Go peer": peer(machine.get("peer")),
         "load average before": ", ".join(map(str, machine.get("load_average") or [])),
     }
@@ -293,8 +305,19 @@ def compared(contest: Contest, name: str) -> list[float]:
 
 def way_table(contest: Contest) -> Table:
     reference, ways = default_way(contest), contest.get("ways") or []
-    rows = [way_row(way, reference, contest["tree"].get("size")) for way in ways]
-    return Table(described(contest["tree"]), WAY_COLUMNS, rows, position(reference, ways), asides(ways))
+    # A changeset holds only a part of its tree's files, so their size says nothing of it.
+    payload = None if OVER in tree_name(contest["tree"]) else contest["tree"].get("size")
+    rows = [way_row(way, reference, payload) for way in ways]
+    notes = [*asides(ways), *provenance(contest)]
+    return Table(described(contest["tree"]), WAY_COLUMNS, rows, position(reference, ways), notes)
+
+
+def provenance(part: Contest) -> list[str]:
+    """A report may hold parts of several runs."""
+    made = part.get("made")
+    if not made:
+        return []
+    return [f"{made.get('rounds')} rounds, {made.get('date')}, commit {str(made.get('commit'))[:12]}."]
 
 
 def way_row(way: Measured, reference: Measured | None, payload: float | None) -> list[str]:
@@ -306,7 +329,7 @@ def way_row(way: Measured, reference: Measured | None, payload: float | None) ->
         megabytes(share(payload, middle(way, "wall"))),
         spread(ratios(way, reference or {})),
         number(middle(way, "cpu")),
-        megabytes(largest(way, "peak")),
+        peak(way),
         whole(size),
         percent(share(size, payload)),
         number(share(size, (reference or {}).get("size"))),
@@ -342,8 +365,9 @@ def two_blob_section(report: Report) -> Section:
     words = [
         "Two blobs: the layer is written as gzip first, and that blob is then converted. 'Written' was written to files, so "
         "that the disk has to take it sooner or later. 'Read' was asked of files and pipes, the tree included; 'disk read' "
-        "is what of it came from the disk, not from memory. 'Peak space' is the most that the output's file system held "
-        "beyond what it held before."
+        "is what came from the disk and not from memory, programs included. 'Peak space' is the most that the output's "
+        "file system held beyond what it held before. Ours and 'Go: one blob' have synced their last blob to the disk when "
+        "they end, 'Go: two blobs' has not."
     ]
     tables = [two_blob_table(contest) for contest in contests]
     return Section("One blob or two", words, [second_blob_table(contests), *tables], "one-blob")
@@ -372,7 +396,7 @@ def two_blob_row(way: Measured, reference: Measured | None) -> list[str]:
         seconds(way),
         spread(ratios(way, reference or {})),
         number(middle(way, "cpu")),
-        megabytes(largest(way, "peak")),
+        peak(way),
         *traffic,
         whole(way.get("size") or None),
         remark(way),
@@ -386,8 +410,11 @@ def limit_section(report: Report) -> Section:
     words = [
         "Each stage is measured by itself, on one thread. The parallel bound is the stages' sum over the threads, as if "
         "nothing ever waited; the serial bound is the longest of what only one thread at a time can do, with start and "
-        "end. No run can take less than either. 'Most beyond its part' names the stage whose seconds within the whole "
-        "run, over all threads, exceed those by itself the most."
+        "end and the table of contents. By these figures no run would take less than either. Fractions are those of the "
+        "medians. 'The call alone' is the build within a process that is up, which is what a program that embeds the package "
+        "sees: without the interpreter's start and end, when one thread works and the others are not there yet or any more. "
+        "'Most beyond its part' names the stage whose seconds within the whole run, over all threads, exceed those by "
+        "itself the most."
     ]
     digests = [digest_table(limits)] if all(limit.get("digests") for limit in limits) else []
     return Section("How near the limit", words, [limit_table(limits), *map(stage_table, limits), *digests], "stages")
@@ -465,7 +492,9 @@ def thread_table(points: Sequence[Measured], model: Sequence[dict[str, Any]], tr
     for threads in sorted(measured | modelled):
         point = measured.get(threads, {})
         faster = spread(ratios(points[0], point)) if points else NOTHING
-        rows.append([str(threads), seconds(point), rate(point), faster, *cost(point), number(modelled.get(threads))])
+        paper = modelled.get(threads)
+        checked = number(share(paper, middle(point, "wall")))
+        rows.append([str(threads), seconds(point), rate(point), faster, *cost(point), number(paper), checked])
     return Table(f"Threads, over {tree}" if tree else "Threads", THREAD_COLUMNS, rows)
 
 
@@ -509,6 +538,7 @@ def skipped_section(report: Report) -> Section:
             if way.get("skipped"):
                 trees.setdefault((way.get("name", ""), way["skipped"]), []).append(tree_name(contest["tree"]))
     points = [f"{name} ({', '.join(dict.fromkeys(where))}): {why}" for (name, why), where in trees.items()]
+    points += [f"the tree {name}: {why}" for name, why in (report.get("missing") or {}).items()]
     return Section("Skipped", [] if points else ["Nothing was skipped."], points=points)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import compileall
 import json
-import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,12 +22,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import buildkitd
 import contest
 import limit
 import machine
 import scale
 import ways
 from measure import REPOSITORY, Failure, Run, Tree, corpora, find_tree
+
+from estargz.options import usable_threads
 
 PARTS = ("compare", "changes", "limit", "scale")
 OUTPUT = REPOSITORY / "build" / "bench"
@@ -50,7 +53,7 @@ class Extent:
 
 FULL = Extent(
     trees=("venv", "debian", "node"),
-    others=("venv-changed", "debian-changed", "node-changed", "small", "deep", "noise", "zeros"),
+    others=("venv-changed", "debian-changed", "node-changed", "small", "deep", "noise", "zeros", "big"),
     rounds=5,
     levels=range(13),
     most_bytes=8 << 30,
@@ -72,33 +75,44 @@ Report = dict[str, Any]
 # ------------------------------------------------------------------------------------------------- what is measured
 
 
-def daemon_way(wanted: bool, held: ExitStack) -> tuple[ways.Make | None, str | None]:
-    """Brings a real BuildKit daemon up, if it is wanted and can be had; else why not."""
-    import buildkitd
+@contextmanager
+def daemon(wanted: bool, folder: Path) -> Iterator[tuple[ways.Make, str | None]]:
+    """Has a real BuildKit daemon make layers, if it is wanted and can be had; else says why not."""
+    with ExitStack() as held:
+        running, missing = started_daemon(held, folder) if wanted else (None, "left out of a quick look, or by --ways")
+        yield lambda tree, blob: exported(running, tree), missing
+        try:
+            held.close()
+        except (Failure, OSError) as error:  # what was measured is not lost because of it
+            print(f"buildkitd: {error}", file=sys.stderr)
 
+
+def started_daemon(held: ExitStack, folder: Path) -> tuple[buildkitd.Daemon | None, str | None]:
     missing = buildkitd.missing()
-    if not wanted:
-        return None, "left out of a quick look, or by --ways"
     if missing:
         return None, missing
     try:
-        daemon = held.enter_context(buildkitd.Daemon(corpora()))
+        return held.enter_context(buildkitd.Daemon(folder)), None
     except (Failure, OSError) as error:
         return None, str(error)
 
-    def export(source: Path, blob: Path) -> Run:
-        done = daemon.export(source, level=ways.BUILDKIT_LEVEL)
-        figures = {name: getattr(done, name) for name in ("cpu", "peak", "others", "read", "written", "disk_read")}
-        return Run(wall=done.seconds, space=done.space, size=done.size, output="", **figures)
 
-    return export, None
+def exported(running: buildkitd.Daemon | None, tree: Path) -> Run:
+    """The step that makes the layer, as a run."""
+    assert running is not None, "a way that is skipped is not run"
+    try:
+        done = running.export(tree, level=ways.BUILDKIT_LEVEL)
+    except (LookupError, ValueError) as error:
+        raise Failure(f"buildctl said what was not expected: {error!r}") from error
+    figures = {name: getattr(done, name) for name in ("cpu", "peak", "others", "read", "written", "disk_read")}
+    return Run(wall=done.seconds, space=done.space, size=done.size, output="", **figures)
 
 
 def compare(tree: Tree, extent: Extent, threads: int, blob: Path, chosen: list[str] | None) -> Report:
     """All ways over one tree, or the chosen ones."""
-    with ExitStack() as held:
-        wanted = not extent.brief and is_chosen(ways.DAEMON, chosen)
-        entrants = ways.all_ways(threads, extent.levels, *daemon_way(wanted, held))
+    wanted = not extent.brief and is_chosen(ways.DAEMON, chosen)
+    with daemon(wanted, blob.parent) as (export, no_daemon):
+        entrants = ways.all_ways(threads, extent.levels, export, no_daemon)
         if extent.brief:
             entrants = [replace(way, rounds=1) if way.slow else way for way in entrants]
         entrants = [way if is_chosen(way.name, chosen) else left_out(way) for way in entrants]
@@ -126,19 +140,30 @@ def compare_few(tree: Tree, extent: Extent, threads: int, blob: Path) -> Report:
     return contest.hold(tree, ways.few_ways(threads), extent.rounds, blob)
 
 
-def trees(names: tuple[str, ...]) -> Iterator[Tree]:
+def find(name: str, report: Report) -> Tree | None:
+    """A tree, made first if it is one of scripts/corpora's; what cannot be had is noted in the report."""
+    reason = None if "/" in name else make_tree(name)
+    tree = None if reason else find_tree(name)
+    if tree is None:
+        report["missing"][name] = reason or "there is no such directory"
+    else:
+        report["missing"].pop(name, None)
+    return tree
+
+
+def trees(names: tuple[str, ...], report: Report) -> Iterator[Tree]:
     for name in names:
-        if "/" not in name:
-            make_tree(name)
-        tree = find_tree(name)
+        tree = find(name, report)
         if tree is not None:
             yield tree
 
 
-def make_tree(name: str) -> None:
-    """Has scripts/corpora make a tree unless it is there; what it says goes to the terminal."""
+def make_tree(name: str) -> str | None:
+    """Has scripts/corpora make a tree unless it is there; why it cannot, if so."""
     contest.tell(f"{name}: making the tree, if it is not there")
-    subprocess.run([sys.executable, REPOSITORY / "scripts" / "corpora", name], stdout=subprocess.DEVNULL, check=False)
+    command = [sys.executable, REPOSITORY / "scripts" / "corpora", name]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+    return (done.stderr.strip() or "scripts/corpora failed")[-300:] if done.returncode else None
 
 
 @contextmanager
@@ -157,7 +182,7 @@ def measure(arguments: argparse.Namespace, extent: Extent, path: Path) -> None:
     report["settings"] = {"quick": arguments.quick, "rounds": extent.rounds, "threads": arguments.threads}
     print(machine.headline(report["machine"]), file=sys.stderr, flush=True)
     with blob_in(arguments.blobs or corpora()) as blob:
-        for tree in trees(extent.trees):
+        for tree in trees(extent.trees, report):
             if "compare" in arguments.only:
                 held = compare(tree, extent, arguments.threads, blob, arguments.ways)
                 replace_tree(report["compare"], held)
@@ -166,15 +191,26 @@ def measure(arguments: argparse.Namespace, extent: Extent, path: Path) -> None:
             if "limit" in arguments.only:
                 replace_tree(report["limit"], limit.measure(tree, extent.rounds, arguments.threads, blob))
                 save(report, path)
-        for tree in trees(extent.others if "changes" in arguments.only else ()):
+        for tree in trees(extent.others if "changes" in arguments.only else (), report):
             replace_tree(report["others"], compare_few(tree, extent, arguments.threads, blob))
             save(report, path)
         if "scale" in arguments.only:
-            for tree in trees(extent.trees[:1]):
-                report["scale"] = scale.measure(
-                    tree, arguments.threads, extent.rounds, extent.most_bytes, extent.most_entries, blob
-                )
-                save(report, path)
+            measure_scale(arguments, extent, blob)
+            save(report, path)
+
+
+def measure_scale(arguments: argparse.Namespace, extent: Extent, blob: Path) -> None:
+    report = arguments.report
+    for tree in trees(extent.trees[:1], report):
+        report["scale"] = scale.measure(
+            tree,
+            arguments.threads,
+            extent.rounds,
+            extent.most_bytes,
+            extent.most_entries,
+            blob,
+            lambda name: find(name, report),
+        )
 
 
 def compile_package() -> None:
@@ -198,11 +234,11 @@ def replace_tree(contests: list[Report], made: Report) -> None:
 
 
 def empty_report() -> Report:
-    return {"compare": [], "two_blobs": [], "others": [], "limit": [], "scale": {}}
+    return {"compare": [], "two_blobs": [], "others": [], "limit": [], "scale": {}, "missing": {}}
 
 
 def parse_arguments() -> argparse.Namespace:
-    cpus = len(os.sched_getaffinity(0))
+    cpus = usable_threads()
     parser = argparse.ArgumentParser(prog="scripts/bench", description="Measure estargz and everything like it.")
     parser.add_argument("--quick", action="store_true", help="one smaller tree and 3 rounds: some minutes")
     parser.add_argument("--trees", nargs="+", metavar="TREE", help="names of scripts/corpora, or paths")
@@ -215,6 +251,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--add", action="store_true", help="keep what DIR has and replace what is measured")
     parser.add_argument("--draw", action="store_true", help="measure nothing: draw what DIR has")
     arguments = parser.parse_args()
+    names = [Path(tree).name for tree in arguments.trees or ()]
+    if len(names) != len(set(names)):
+        parser.error("the trees must have names of their own")
+    if arguments.trees and set(arguments.only) == {"changes"}:
+        parser.error("changes are of the trees of scripts/corpora only")
     if arguments.threads < 1 or (arguments.rounds is not None and arguments.rounds < 1):
         parser.error("--rounds and --threads must be at least 1")
     return arguments
@@ -243,17 +284,35 @@ def present(report: Report, folder: Path) -> None:
     print(f"written to {folder}: report.html, tables.md, report.json, {len(drawn)} pictures", file=sys.stderr)
 
 
-def main() -> int:
-    arguments = parse_arguments()
-    arguments.output.mkdir(parents=True, exist_ok=True)
+def end_on(number: int, _frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
+def run(arguments: argparse.Namespace) -> int:
     path = arguments.output / "report.json"
     arguments.report = empty_report()
     if arguments.add or arguments.draw:
-        arguments.report = {**arguments.report, **json.loads(path.read_text())}
+        arguments.report |= json.loads(path.read_text())
     if not arguments.draw:
+        arguments.output.mkdir(parents=True, exist_ok=True)
         measure(arguments, chosen_extent(arguments), path)
+    if not any(arguments.report[name] for name in ("compare", "others", "limit", "scale")):
+        print("nothing was measured:", "; ".join(arguments.report["missing"].values()), file=sys.stderr)
+        return 1
+    save(arguments.report, path)
     present(arguments.report, arguments.output)
     return 0
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    for number in (signal.SIGTERM, signal.SIGHUP):  # so that nothing is left behind
+        signal.signal(number, end_on)
+    try:
+        return run(arguments)
+    except (Failure, OSError) as error:
+        print(f"bench: {error}; what was measured before is in {arguments.output}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python bench/staged.py TREE BLOB THREADS COMPRESSION LEVEL [PART ...]
 
 Without parts everything is done, as "estargz build" does it; "nothing" as the only part walks and does nothing else.
-Prints JSON: the layer's stages in seconds, what naming and syncing the blob took ("commit"), and all of it ("inside").
+Prints JSON: the layer's stages in seconds, the extent of its batches, what naming and syncing the blob took ("commit"), and
+all of it ("inside").
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def staged_build(tree: str, blob: str, options: Options, parts: list[str] | None
             builder.finish()
             finished = time.perf_counter()
         ended = time.perf_counter()
-    return {**builder.stages(), "commit": ended - finished, "inside": ended - started}
+    return {**builder.stages(), **builder.extent(), "commit": ended - finished, "inside": ended - started}
 
 
 def main() -> None:

@@ -50,11 +50,13 @@ def test_report_of_some_ways(tree: Path, tmp_path: Path) -> None:
         assert len(ways[name]["runs"]) == 2
         assert all(run["wall"] > 0 for run in ways[name]["runs"])
         assert 100 < ways[name]["size"] < 100_000
-    assert ways["tar | zstd -3 -T%d" % len(os.sched_getaffinity(0))]["skipped"]
+    assert ways[f"tar | zstd -3 -T{len(os.sched_getaffinity(0))}"]["skipped"]
     assert [way["name"] for way in report["two_blobs"][0]["ways"]][:2] == ["estargz: one blob", "estargz: two blobs"]
     (limit,) = report["limit"]
     assert 0 < limit["parallel_fraction"] < 1.5
-    assert {"report.html", "report.json", "tables.md", "one-blob.png", "stages.png"} <= {p.name for p in output.iterdir()}
+    assert {"report.html", "report.json", "tables.md", "one-blob.png", "stages.png"} <= {
+        p.name for p in output.iterdir()
+    }
     assert list((output / "corpora").iterdir()) == []
 
 
