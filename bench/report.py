@@ -53,7 +53,7 @@ class Extent:
 
 FULL = Extent(
     trees=("venv", "debian", "node"),
-    others=("venv-changed", "debian-changed", "node-changed", "small", "deep", "noise", "zeros", "big"),
+    others=("venv-changed", "debian-changed", "node-changed", "small", "deep", "noise", "zeros"),
     rounds=5,
     levels=range(13),
     most_bytes=8 << 30,
