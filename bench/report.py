@@ -34,6 +34,8 @@ from estargz.options import usable_threads
 
 PARTS = ("compare", "changes", "limit", "scale")
 OUTPUT = REPOSITORY / "build" / "bench"
+LEFT_OUT = "left out by --ways"
+LATER_RUN = "of a later run"
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +126,7 @@ def is_chosen(name: str, chosen: list[str] | None) -> bool:
 
 
 def left_out(way: ways.Way) -> ways.Way:
-    return replace(way, skipped=way.skipped or "left out by --ways")
+    return replace(way, skipped=way.skipped or LEFT_OUT)
 
 
 def compare_few(tree: Tree, extent: Extent, threads: int, blob: Path) -> Report:
@@ -185,6 +187,7 @@ def measure(arguments: argparse.Namespace, extent: Extent, path: Path) -> None:
         for tree in trees(extent.trees, report):
             if "compare" in arguments.only:
                 held = compare(tree, extent, arguments.threads, blob, arguments.ways)
+                keep_ways(held, report["compare"])
                 replace_tree(report["compare"], held)
                 replace_tree(report["two_blobs"], contest.one_and_two(held))
                 save(report, path)
@@ -222,6 +225,17 @@ def compile_package() -> None:
 
 def save(report: Report, path: Path) -> None:
     path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def keep_ways(held: Report, earlier: list[Report]) -> None:
+    """What was left out stays as an earlier run had it. The rest is marked then: its rounds met another machine."""
+    before = {way["name"]: way for old in earlier if old["tree"] == held["tree"] for way in old["ways"]}
+    for number, way in enumerate(held["ways"]):
+        kept = before.get(way["name"])
+        if way["skipped"] == LEFT_OUT and kept:
+            held["ways"][number] = kept
+        elif kept and way["runs"]:
+            way["note"] = "; ".join(filter(None, [way["note"], LATER_RUN]))
 
 
 def replace_tree(contests: list[Report], made: Report) -> None:
