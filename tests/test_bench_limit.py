@@ -140,8 +140,8 @@ def test_what_is_beyond_adds_up() -> None:
 # ------------------------------------------------------------------------------------------------- the model
 
 COSTS = model.Costs(
-    source=0.1, read=0.1, chunks=0.2, both=0.3, compress=1.0, blob=0.1, stream_and_blob=0.3, write=0.1, batches=400,
-    start=1.0, tail=2.0,
+    source=0.1, read=0.1, chunks=0.2, both=0.3, compress=1.0, blob=0.1, stream_and_blob=0.3, write=0.1,
+    batches=400, slot_bytes=1 << 20, start=1.0, tail=2.0,
 )  # fmt: skip
 
 

@@ -267,6 +267,7 @@ cdef class Pipeline:
         cdef bint go_on
         if monotonic_ns() < self.progress_due_ns:
             return True
+        charge(&self.workers[0], self.producing)
         pthread_mutex_lock(&self.lock)
         go_on = self.listen()
         pthread_mutex_unlock(&self.lock)
