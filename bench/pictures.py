@@ -384,7 +384,7 @@ def traffic_panel(axes: Axes, key: str, bars: Sequence[Bar]) -> None:
         colour = COLOURS.get(bar.whose.lower(), OTHER_COLOUR)
         axes.barh(place, length, height=0.72, color=colour, alpha=0.5 if bar.one else 1)
         beside(axes, length, place, bar_label(bar, key))
-    axes.set_xlim(0, (max(lengths) or 1) * 2.3)  # the rest is for the figures
+    axes.set_xlim(0, (max(lengths) or 1) * 2.9)  # the rest is for the figures
     axes.set_ylim(len(bars) - 0.5, -0.5)
     axes.grid(visible=False)
     axes.spines["bottom"].set_visible(False)

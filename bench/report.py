@@ -78,10 +78,10 @@ Report = dict[str, Any]
 
 
 @contextmanager
-def daemon(wanted: bool, folder: Path) -> Iterator[tuple[ways.Make, str | None]]:
-    """Has a real BuildKit daemon make layers, if it is wanted and can be had; else says why not."""
+def daemon(left_out: str | None, folder: Path) -> Iterator[tuple[ways.Make, str | None]]:
+    """Has a real BuildKit daemon make layers, unless there is a reason to leave it out or it cannot be had."""
     with ExitStack() as held:
-        running, missing = started_daemon(held, folder) if wanted else (None, "left out of a quick look, or by --ways")
+        running, missing = (None, left_out) if left_out else started_daemon(held, folder)
         yield lambda tree, blob: exported(running, tree), missing
         try:
             held.close()
@@ -112,8 +112,8 @@ def exported(running: buildkitd.Daemon | None, tree: Path) -> Run:
 
 def compare(tree: Tree, extent: Extent, threads: int, blob: Path, chosen: list[str] | None) -> Report:
     """All ways over one tree, or the chosen ones."""
-    wanted = not extent.brief and is_chosen(ways.DAEMON, chosen)
-    with daemon(wanted, blob.parent) as (export, no_daemon):
+    left_out_of = "left out of a quick look" if extent.brief else None if is_chosen(ways.DAEMON, chosen) else LEFT_OUT
+    with daemon(left_out_of, blob.parent) as (export, no_daemon):
         entrants = ways.all_ways(threads, extent.levels, export, no_daemon)
         if extent.brief:
             entrants = [replace(way, rounds=1) if way.slow else way for way in entrants]
