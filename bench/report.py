@@ -230,12 +230,13 @@ def save(report: Report, path: Path) -> None:
 def keep_ways(held: Report, earlier: list[Report]) -> None:
     """What was left out stays as an earlier run had it. The rest is marked then: its rounds met another machine."""
     before = {way["name"]: way for old in earlier if old["tree"] == held["tree"] for way in old["ways"]}
+    mixed = any(way["skipped"] == LEFT_OUT and way["name"] in before for way in held["ways"])
     for number, way in enumerate(held["ways"]):
-        kept = before.get(way["name"])
-        if way["skipped"] == LEFT_OUT and kept:
-            held["ways"][number] = kept
-        elif kept and way["runs"]:
+        if way["skipped"] == LEFT_OUT and way["name"] in before:
+            held["ways"][number] = before[way["name"]]
+        elif mixed and way["runs"]:
             way["note"] = "; ".join(filter(None, [way["note"], LATER_RUN]))
+    contest.mark_small(held)
 
 
 def replace_tree(contests: list[Report], made: Report) -> None:

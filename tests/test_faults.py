@@ -551,6 +551,36 @@ def test_signal_while_the_reader_has_stopped(tmp_path: Path, kind: str, tar: Cal
         os.close(read)
 
 
+def test_an_error_behind_a_reader_that_pauses(tmp_path: Path) -> None:
+    """The error comes late, but it is that error, and what comes before it is written."""
+    tree = Tree(tmp_path / "tree")
+    tree.file("a", RNG.randbytes(6_000_000))
+    tree.file("b", RNG.randbytes(6_000_000))
+    read, write = os.pipe()
+    waiting = threading.Event()
+
+    class Pausing:
+        """Shrinks the second file while the first is on its way, and lets the pipe fill up."""
+
+        def __call__(self, done: int) -> None:
+            if not waiting.is_set():
+                os.truncate(tmp_path / "tree" / "b", 10)
+                waiting.set()
+
+    def drain() -> None:
+        waiting.wait(20)
+        time.sleep(0.5)
+        with open(read, "rb") as stream:
+            while stream.read(1 << 20):
+                pass
+
+    reader = in_thread(drain)
+    with pytest.raises(ChangedError):
+        estargz.build(tmp_path / "tree", f"/proc/self/fd/{write}", threads=2, progress=Pausing())
+    os.close(write)
+    reader.join(20)
+
+
 def test_command_on_a_full_device(tmp_path: Path) -> None:
     (tmp_path / "tar").write_bytes(NOISE)
     with open("/dev/full", "wb") as full:

@@ -131,7 +131,7 @@ cdef class Pipeline:
     cdef batch **ring
     cdef readonly int64_t slot_count
     cdef int64_t produced, taken, ordered, written
-    cdef bint ordering, writing, ended
+    cdef bint ordering, writing, ended, cancelled
     cdef est_failure failure             # code 0: none so far
     cdef int64_t failed_batch
 
@@ -145,7 +145,8 @@ cdef class Pipeline:
 
     cdef int sink_fd                     # -1: none
     cdef bint sink_is_file, sink_is_socket
-    cdef int pipe_fd                     # the same pipe by a description of our own that never blocks; -1: none
+    cdef bint pipe_open                  # pipe_fd is the same pipe by a description of our own that never blocks
+    cdef int pipe_fd
     cdef int64_t fd_written, fd_started  # bytes written to it, and of them those whose writeback was started
     cdef object sink_write               # or a callable
     cdef object sink_error

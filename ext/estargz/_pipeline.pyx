@@ -1,8 +1,8 @@
 """The parallel middle of the build: batches of the tar stream in, members out in order (docs/architecture.md).
 
 Every thread runs the same loop: write the next batch if it is in order and nobody writes, else put the next one in order
-if it is done and nobody else does, else work on the next batch that waits. The producer, which is the caller, joins that loop whenever no batch is free. So one thread needs no other, and
-N threads are never more than N.
+if it is done and nobody else does, else work on the next batch that waits. The producer, which is the caller, joins that
+loop whenever no batch is free. So one thread needs no other, and N threads are never more than N.
 """
 
 import fcntl
@@ -127,7 +127,6 @@ cdef class Pipeline:
                   bint producer_helps, bint keep_rows, write, str output, progress, size_t members_most,
                   parts=None):
         cdef int64_t i
-        self.pipe_fd = -1
         self.codec = codec
         self.level = level
         for name in PARTS if parts is None else parts:
@@ -152,6 +151,7 @@ cdef class Pipeline:
             self.sink_is_socket = stat_module.S_ISSOCK(mode) and est_is_stream(self.sink_fd)
             if stat_module.S_ISFIFO(mode):
                 self.pipe_fd = own_pipe(self.sink_fd)
+                self.pipe_open = self.pipe_fd >= 0
         self.producing = STAGE_SOURCE
         self.output = output.encode("utf-8", "surrogateescape")
         self.failed_batch = -1
@@ -286,8 +286,10 @@ cdef class Pipeline:
         charge(&self.workers[0], STAGE_WAIT)
         pthread_mutex_lock(&self.lock)
         self.progress_due_ns = monotonic_ns() + LISTEN_EVERY_NS
-        if not go_on and not self.failure.code:
-            set_failure(&self.failure, EST_CANCELLED, 0, -1, NULL, 0)
+        if not go_on:
+            self.cancelled = True
+            if not self.failure.code:
+                set_failure(&self.failure, EST_CANCELLED, 0, -1, NULL, 0)
         return go_on
 
     cdef bint call_back(self) noexcept with gil:
@@ -328,6 +330,7 @@ cdef class Pipeline:
         if cancel:
             memset(&cancelled, 0, sizeof(cancelled))
             cancelled.code = EST_CANCELLED
+            self.cancelled = True
             with nogil:
                 self.fail(&cancelled, -1)
         with nogil:
@@ -343,9 +346,9 @@ cdef class Pipeline:
 
     cdef void close_pipe(self) noexcept nogil:
         # As long as it is open, the reader does not see the end.
-        if self.pipe_fd >= 0:
+        if self.pipe_open:
             close(self.pipe_fd)
-        self.pipe_fd = -1
+        self.pipe_open = False
 
     def raise_failure(self):
         """Raises what went wrong; call it after close."""
@@ -368,6 +371,7 @@ cdef class Pipeline:
                 thread.start()
         except BaseException as error:
             self.interrupt = error
+            self.cancelled = True
             set_failure(&self.failure, EST_CANCELLED, 0, -1, NULL, 0)
             return EST_CANCELLED
         return EST_OK
@@ -390,7 +394,7 @@ cdef class Pipeline:
         """Does one piece of work if there is any; called with the lock held, which is released meanwhile."""
         cdef batch *b
         cdef int code
-        if self.failure.code and self.failed_batch < 0 and self.failure.code == EST_CANCELLED:
+        if self.cancelled:
             return False
         if not self.writing and self.written < self.ordered and not self.failed_before(self.written):
             b = self.ring[self.written % self.slot_count]
@@ -406,6 +410,7 @@ cdef class Pipeline:
                 b.state = STATE_FREE
                 self.written += 1
             pthread_cond_signal(&self.progress_made)
+            pthread_cond_signal(&self.work_or_end)
             return True
         if (not self.ordering and self.ordered < self.taken and not self.failed_before(self.ordered)
                 and self.ring[self.ordered % self.slot_count].state == STATE_DONE):
@@ -422,6 +427,7 @@ cdef class Pipeline:
                 b.state = STATE_ORDERED
                 self.ordered += 1
             pthread_cond_signal(&self.progress_made)
+            pthread_cond_signal(&self.work_or_end)
             return True
         if self.taken < self.produced and not (self.failure.code and self.taken > self.failed_batch >= 0):
             b = self.ring[self.taken % self.slot_count]
@@ -444,6 +450,8 @@ cdef class Pipeline:
         return self.failure.code and 0 <= self.failed_batch <= number
 
     cdef void give_up(self, batch *b, int code) noexcept nogil:
+        if self.cancelled and self.failure.code:  # the error that was there first is the one to tell
+            return
         if b.failure.code != code:
             set_failure(&b.failure, code, 0, self.tar_size, NULL, 0)
         self.fail(&b.failure, b.number)
@@ -696,18 +704,18 @@ cdef class Pipeline:
         """Writes what does not block. The descriptor may be somebody else's too, so it is not for us to make it so."""
         if self.sink_is_socket:
             return est_send_some(self.sink_fd, data, size)
-        if self.pipe_fd >= 0:
+        if self.pipe_open:
             return write(self.pipe_fd, data, size)
         return write(self.sink_fd, data, min(size, <size_t>PIPE_PIECE))
 
     cdef int wait_writable(self) noexcept nogil:
         cdef pollfd waiting
-        waiting.fd = self.sink_fd
+        waiting.fd = self.pipe_fd if self.pipe_open else self.sink_fd
         waiting.events = POLLOUT
         while poll(&waiting, 1, LISTEN_EVERY_NS // 1000000) <= 0:
-            if self.failure.code or not self.no_signal():
+            if self.cancelled or not self.no_signal():
                 return EST_CANCELLED
-        return EST_OK
+        return EST_CANCELLED if self.cancelled else EST_OK
 
     cdef bint no_signal(self) noexcept with gil:
         """False once a signal handler has raised; only the main thread runs handlers."""
@@ -750,9 +758,9 @@ cdef class Pipeline:
                 for i in range(self.worker_count)]
 
     def extent(self):
-        """What the batches were: how many, how many at once, and the bytes that each may take."""
-        both = self.raw_capacity + (self.out_capacity if self.codec == CODEC_GZIP else 0)
-        return {"batches": self.produced, "slots": self.slot_count, "slot_bytes": both}
+        """What the batches were: how many, how many at once, and the bytes that the budget counts for each."""
+        return {"batches": self.produced, "slots": self.slot_count,
+                "slot_bytes": self.raw_capacity * (2 if self.codec == CODEC_GZIP else 1)}
 
     def tables(self):
         """(rows, chunks, strings) as bytes: toc_row and chunk_row structs and the strings the rows point into."""
