@@ -552,32 +552,28 @@ def test_signal_while_the_reader_has_stopped(tmp_path: Path, kind: str, tar: Cal
 
 
 def test_an_error_behind_a_reader_that_pauses(tmp_path: Path) -> None:
-    """The error comes late, but it is that error, and what comes before it is written."""
+    """The error comes late, but it is that error."""
     tree = Tree(tmp_path / "tree")
-    tree.file("a", RNG.randbytes(6_000_000))
-    tree.file("b", RNG.randbytes(6_000_000))
-    read, write = os.pipe()
-    waiting = threading.Event()
+    tree.file("a", RNG.randbytes(6_000_000))  # more than the pipe holds
+    tree.file("b", b"")
+    os.truncate(tmp_path / "tree" / "b", 200_000_000)  # more than is under way at once
+    os.mkfifo(tmp_path / "pipe")
+    cut = threading.Event()
 
-    class Pausing:
-        """Shrinks the second file while the first is on its way, and lets the pipe fill up."""
+    def cut_short(done: int) -> None:
+        os.truncate(tmp_path / "tree" / "b", 10)
+        cut.set()
 
-        def __call__(self, done: int) -> None:
-            if not waiting.is_set():
-                os.truncate(tmp_path / "tree" / "b", 10)
-                waiting.set()
-
-    def drain() -> None:
-        waiting.wait(20)
-        time.sleep(0.5)
-        with open(read, "rb") as stream:
+    def pause() -> None:
+        with (tmp_path / "pipe").open("rb") as stream:
+            cut.wait(20)
+            time.sleep(0.5)
             while stream.read(1 << 20):
                 pass
 
-    reader = in_thread(drain)
+    reader = in_thread(pause)
     with pytest.raises(ChangedError):
-        estargz.build(tmp_path / "tree", f"/proc/self/fd/{write}", threads=2, progress=Pausing())
-    os.close(write)
+        estargz.build(tmp_path / "tree", tmp_path / "pipe", threads=2, progress=cut_short)
     reader.join(20)
 
 
