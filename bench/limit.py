@@ -147,7 +147,7 @@ def limit_report(tree: Tree, threads: int, measured: list[Round]) -> dict[str, A
     serial = {WALK: parts[WALK], STREAM: digests[STREAM], BLOB: digests[BLOB], WRITE: parts[WRITE]}
     slowest = max(serial, key=lambda name: serial[name])
     serial_bound = parts[START] + serial[slowest] + parts[TOC]
-    return {
+    report = {
         "tree": tree_report(tree),
         "level": DEFAULT_LEVEL,
         "threads": threads,
@@ -169,8 +169,15 @@ def limit_report(tree: Tree, threads: int, measured: list[Round]) -> dict[str, A
         "call_bound": called,
         "call_fraction": called / inside,
         "spent": spent,
-        "beyond": {name: spent[name] - parts.get(name, 0.0) for name in spent},
     }
+    return {**report, "beyond": beyond(report)}
+
+
+def beyond(limit: dict[str, Any]) -> Stages:
+    """By stage: the thread seconds of the whole run beyond those that the stage took alone."""
+    spent = limit.get("spent") or {}
+    alone = {part["stage"]: part["seconds"] for part in limit.get("parts") or []}
+    return {stage: seconds - alone.get(stage, 0) for stage, seconds in spent.items()}
 
 
 def middle(each: list[Stages]) -> tuple[Stages, dict[str, list[float]]]:

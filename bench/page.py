@@ -13,6 +13,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from limit import beyond
+
 # Parts of a report as they come from JSON.
 Report = dict[str, Any]
 Contest = dict[str, Any]
@@ -134,13 +136,6 @@ def one_and_two(contest: Contest) -> Iterator[tuple[str, Measured, Measured]]:
 def limit_of(limit: Limit) -> float | None:
     """No run can take fewer seconds."""
     return max((limit[key] for key in ("parallel_bound", "serial_bound") if limit.get(key)), default=None)
-
-
-def beyond(limit: Limit) -> dict[str, float]:
-    """By stage: the seconds of the whole run beyond those that the stage took alone."""
-    spent = limit.get("spent") or {}
-    alone = {part["stage"]: part["seconds"] for part in limit.get("parts") or []}
-    return {stage: seconds - alone.get(stage, 0) for stage, seconds in spent.items()}
 
 
 # --------------------------------------------------------------------------------------------------- figures as text

@@ -135,7 +135,7 @@ def compare_few(tree: Tree, extent: Extent, threads: int, blob: Path) -> Report:
     if base:
         return contest.hold(
             replace(tree, name=f"{tree.name} over {base.name}"),
-            ways.changes(threads, base.path),
+            ways.differs(threads, base.path),
             extent.rounds,
             blob,
         )

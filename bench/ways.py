@@ -85,11 +85,11 @@ def build(threads: int, *options: str) -> Make:
     return command_way(command)
 
 
-def our_level(level: int, threads: int) -> Way:
+def our_level(level: int, threads: int, *options: str) -> Way:
     name = DEFAULT if level == DEFAULT_LEVEL else f"estargz, level {level}"
     # The highest levels take as long as everything else together, and one point is enough for the picture.
     rounds = 1 if level > BUILDKIT_LEVEL else None
-    return Way(name, "estargz", True, level, build(threads, "--level", str(level)), rounds)
+    return Way(name, "estargz", True, level, build(threads, "--level", str(level), *options), rounds)
 
 
 def our_gzip(level: int, threads: int) -> Way:
@@ -120,9 +120,15 @@ def find_peer() -> tuple[Path | None, str]:
     return Path(made.stdout.strip()), ""
 
 
-def buildkit(peer: str, level: int, missing: str | None) -> Way:
+def peer_or_reason() -> tuple[str, str | None]:
+    """The Go program, and why ways that need it are skipped; None when they are not."""
+    found, why = find_peer()
+    return str(found), None if found else f"no Go peer: {why}"
+
+
+def buildkit(peer: str, level: int, missing: str | None, *options: str) -> Way:
     def command(tree: Path, blob: Path) -> list[str]:
-        return [peer, "blob", "-how", "buildkit", "-level", str(level), str(tree), str(blob)]
+        return [peer, "blob", "-how", "buildkit", "-level", str(level), *options, str(tree), str(blob)]
 
     name, slow = f"BuildKit's compressor, level {level}", level != BUILDKIT_LEVEL
     return Way(name, "buildkit", True, level, command_way(command), skipped=missing, slow=slow)
@@ -194,31 +200,20 @@ def python_ways(threads: int) -> list[Way]:
 
 def few_ways(threads: int) -> list[Way]:
     """The two that write the same kind of blob, and the fastest that does not."""
-    found, why = find_peer()
-    ours = our_level(DEFAULT_LEVEL, threads)
     igzip = next(way for way in tar_pipes() if "igzip" in way.name)
-    return [ours, buildkit(str(found), BUILDKIT_LEVEL, None if found else f"no Go peer: {why}"), igzip]
+    return [*differs(threads), igzip]
 
 
-def changes(threads: int, lower: Path) -> list[Way]:
-    """A changeset over a lower tree, which only differs make."""
-    found, why = find_peer()
-
-    def command(tree: Path, blob: Path) -> list[str]:
-        options = ["-how", "buildkit", "-level", str(BUILDKIT_LEVEL), "-lower", str(lower)]
-        return [str(found), "blob", *options, str(tree), str(blob)]
-
-    missing = None if found else f"no Go peer: {why}"
-    return [
-        Way(DEFAULT, "estargz", True, DEFAULT_LEVEL, build(threads, "--lower", str(lower))),
-        Way(BUILDKIT, "buildkit", True, BUILDKIT_LEVEL, command_way(command), skipped=missing),
-    ]
+def differs(threads: int, lower: Path | None = None) -> list[Way]:
+    """Ours and BuildKit's, of a whole tree or of what it changes over a lower one, which only differs make."""
+    peer, missing = peer_or_reason()
+    ours, theirs = ((), ()) if lower is None else (("--lower", str(lower)), ("-lower", str(lower)))
+    return [our_level(DEFAULT_LEVEL, threads, *ours), buildkit(peer, BUILDKIT_LEVEL, missing, *theirs)]
 
 
 def all_ways(threads: int, levels: Sequence[int], export: Make, no_daemon: str | None) -> list[Way]:
     """In the order of a round: what is to be compared with each other runs close together."""
-    found, why = find_peer()
-    peer, missing = str(found), None if found else f"no Go peer: {why}"
+    peer, missing = peer_or_reason()
     return [
         our_level(DEFAULT_LEVEL, threads),
         our_two_blobs(threads),
