@@ -15,7 +15,7 @@ import pytest
 from conftest import MIB, Staged, build
 from corpus import cut, make_tar
 
-from estargz.sink import DescriptorSink, Destination
+from estargz.writing.sink import DescriptorSink, Destination
 
 # Chunk digests are part of the blob, by way of the table of contents.
 PARTS = ["chunk hash", "compress", "write"]

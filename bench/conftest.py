@@ -29,9 +29,9 @@ from machine import facts
 from estargz import Layer
 from estargz._layer import LayerBuilder
 from estargz.options import Options
-from estargz.sink import Destination, open_sink
-from estargz.source import open_source, opened
-from estargz.writer import finish_layer
+from estargz.writing.sink import Destination, open_sink
+from estargz.writing.source import open_source, opened
+from estargz.writing.writer import finish_layer
 
 MIB = 1 << 20
 WHOLE_ROUNDS = 3

@@ -15,8 +15,8 @@ import time
 
 from estargz._layer import LayerBuilder
 from estargz.options import Options
-from estargz.sink import open_sink
-from estargz.source import open_source, opened
+from estargz.writing.sink import open_sink
+from estargz.writing.source import open_source, opened
 
 
 def staged_build(tree: str, blob: str, options: Options, parts: list[str] | None) -> dict[str, float]:

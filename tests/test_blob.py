@@ -15,9 +15,9 @@ from reference import blobs as made
 from reference.blobs import assemble, digest, encode, estargz, link, member, payload_and_toc, tar_of
 from reference.peer import report, run
 
-from estargz import blob as blobs
 from estargz.errors import BlobError, SourceError, UsageError, VerificationError
-from estargz.toc import clean_name, go_text, modtime_seconds, owners, parse_toc
+from estargz.reading import blob as blobs
+from estargz.reading.toc import clean_name, go_text, modtime_seconds, owners, parse_toc
 
 RNG = random.Random(2011)
 FILES = {"a": b"first", "d/b": RNG.randbytes(10_000), "d/empty": b"", "d/c": b"text " * 3000}
@@ -105,7 +105,7 @@ class Ranges:
     def __init__(self, data: bytes) -> None:
         self.data, self.size = data, len(data)
 
-    def pread(self, size: int, offset: int) -> bytes:
+    def read_at(self, offset: int, size: int) -> bytes:
         return self.data[offset : offset + min(size, 1000)]
 
 
@@ -596,7 +596,7 @@ def test_blob_cut_while_open(tmp_path: Path) -> None:
 
 def test_range_reader_that_gives_too_much() -> None:
     class Much(Ranges):
-        def pread(self, size: int, offset: int) -> bytes:
+        def read_at(self, offset: int, size: int) -> bytes:
             return bytes(size + 1)
 
     with pytest.raises(BlobError, match="its reader is faulty"):

@@ -29,9 +29,9 @@ from reference.blobs import (
 from reference.peer import report
 
 from estargz.errors import BlobError, UsageError, VerificationError
-from estargz.verifying import Report, verify
+from estargz.reading.verifying import Report, verify
 
-verify_module = import_module("estargz.verifying")  # the package's attribute of this name is the function
+verify_module = import_module("estargz.reading.verifying")  # the package's attribute of this name is the function
 RNG = random.Random(1889)
 Entries = list[dict[str, Any]]
 
@@ -416,7 +416,7 @@ def test_ranges_are_refused() -> None:
     class Ranges:
         size = 0
 
-        def pread(self, size: int, offset: int) -> bytes:
+        def read_at(self, offset: int, size: int) -> bytes:
             return blob[offset : offset + size]
 
     blob = estargz(RICH)

@@ -22,10 +22,10 @@ from estargz.errors import (
 from estargz.layer import Layer
 
 if TYPE_CHECKING:
-    from estargz.blob import Blob, open
-    from estargz.building import build
-    from estargz.verifying import Report, verify
-    from estargz.writer import Compressor, Writer
+    from estargz.reading.blob import Blob, open
+    from estargz.reading.verifying import Report, verify
+    from estargz.writing.building import build
+    from estargz.writing.writer import Compressor, Writer
 
 __version__ = "0.1.0"
 
@@ -50,13 +50,13 @@ __all__ = [
 
 # name -> module: the compiled stages are loaded with the first of these that is used
 _LAZY = {
-    "Blob": "estargz.blob",
-    "Compressor": "estargz.writer",
-    "Report": "estargz.verifying",
-    "Writer": "estargz.writer",
-    "build": "estargz.building",
-    "open": "estargz.blob",
-    "verify": "estargz.verifying",
+    "Blob": "estargz.reading.blob",
+    "Compressor": "estargz.writing.writer",
+    "Report": "estargz.reading.verifying",
+    "Writer": "estargz.writing.writer",
+    "build": "estargz.writing.building",
+    "open": "estargz.reading.blob",
+    "verify": "estargz.reading.verifying",
 }
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from ..errors import EstargzError
+from estargz.errors import EstargzError
 
 __all__ = ["main"]
 

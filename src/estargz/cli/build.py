@@ -16,11 +16,11 @@ from typing import Any
 
 import click
 
-from estargz.building import build
 from estargz.errors import UsageError
 from estargz.layer import MEDIA_TYPES, Layer
 from estargz.options import DEFAULT_CHUNK_SIZE, DEFAULT_LEVEL, MAX_LEVEL, Progress, parse_size
-from estargz.sink import DescriptorSink
+from estargz.writing.building import build
+from estargz.writing.sink import DescriptorSink
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.5 only

@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from .. import blob as blobs
+from estargz.reading import blob as blobs
 
 
 @click.command("cat")

@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
-from .. import blob as blobs
-from ..blob import Blob
-from ..toc import LANDMARKS, clean_name
+from estargz.reading import blob as blobs
+from estargz.reading.blob import Blob
+from estargz.reading.toc import LANDMARKS, clean_name
 
 
 @click.command("info")

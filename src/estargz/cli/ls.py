@@ -8,8 +8,8 @@ import unicodedata
 import click
 import msgspec
 
-from .. import blob as blobs
-from ..toc import TOCEntry, owners
+from estargz.reading import blob as blobs
+from estargz.reading.toc import TOCEntry, owners
 
 _TYPE_BITS = {
     "dir": stat.S_IFDIR,

@@ -6,8 +6,8 @@ import sys
 
 import click
 
-from .. import blob as blobs
-from ..sink import open_sink
+from estargz.reading import blob as blobs
+from estargz.writing.sink import open_sink
 
 
 @click.command("unpack")

@@ -1,4 +1,4 @@
-"""estargz verify: the checks of estargz.verifying, and what they proved."""
+"""estargz verify: the checks of estargz.reading.verifying, and what they proved."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import click
 
-from ..verifying import Report, verify
+from estargz.reading.verifying import Report, verify
 
 
 @click.command("verify")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from estargz._layer import LayerBuilder
 from estargz.options import DEFAULT_CHUNK_SIZE, Options
-from estargz.source import PIECE_SIZE, Readable
+from estargz.writing.source import PIECE_SIZE, Readable
 
 if TYPE_CHECKING:
     import numpy as np

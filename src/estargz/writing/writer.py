@@ -9,7 +9,7 @@ from estargz._layer import LayerBuilder
 from estargz.errors import EstargzError, UsageError
 from estargz.layer import MEDIA_TYPES, Layer
 from estargz.options import Options
-from estargz.sink import Destination, open_sink
+from estargz.writing.sink import Destination, open_sink
 
 __all__ = ["Compressor", "Writer", "finish_layer"]
 

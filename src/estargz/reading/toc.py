@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from .errors import BlobError
+from estargz.errors import BlobError
 
 __all__ = ["TOC", "TOCEntry", "check_layout", "clean_name", "go_text", "modtime_seconds", "owners", "parse_toc"]
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from estargz._layer import LayerBuilder
 from estargz.layer import Layer
 from estargz.options import DEFAULT_CHUNK_SIZE, DEFAULT_LEVEL, Options, Progress
-from estargz.sink import Destination, open_sink
-from estargz.source import PathLike, Readable, TarSource, open_source, opened
-from estargz.writer import finish_layer
+from estargz.writing.sink import Destination, open_sink
+from estargz.writing.source import PathLike, Readable, TarSource, open_source, opened
+from estargz.writing.writer import finish_layer
 
 __all__ = ["build"]
 

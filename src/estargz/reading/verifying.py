@@ -21,12 +21,22 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from . import blob as blobs
-from ._inflate import CHECK_CHUNK, FILE_LAST, FILE_PART, JOB_FIELDS, MISMATCH, InflateReader, check_chunks, detect
-from .blob import Blob, Chunk, Readable, Source, Window
-from .errors import BlobError, EstargzError, UsageError, VerificationError, from_status
-from .scan import Scan, scan_tar
-from .toc import TOCEntry, go_text, modtime_seconds, owners
+from estargz._inflate import (
+    CHECK_CHUNK,
+    FILE_LAST,
+    FILE_PART,
+    JOB_FIELDS,
+    MISMATCH,
+    InflateReader,
+    check_chunks,
+    detect,
+)
+from estargz.errors import BlobError, EstargzError, UsageError, VerificationError, from_status
+from estargz.reading import blob as blobs
+from estargz.reading.blob import Blob, Chunk
+from estargz.reading.scan import Scan, scan_tar
+from estargz.reading.source import Readable, Source, Window, open_source
+from estargz.reading.toc import TOCEntry, go_text, modtime_seconds, owners
 
 __all__ = ["Report", "verify"]
 
@@ -88,7 +98,7 @@ def verify(
         if text is not None:
             blobs.parse_digest(text, what)
     if diff_id is not None and toc_digest is None:
-        opened = blobs.open_source(source)
+        opened = open_source(source)
         try:
             if blobs.footer_of(opened) is None:
                 return _verify_plain(opened, diff_id)
@@ -99,7 +109,7 @@ def verify(
 
 
 def _verify_plain(source: Source, diff_id: str) -> Report:
-    kind = detect(source.pread(4, 0))
+    kind = detect(source.read_at(0, 4))
     stream = hashlib.sha256()
     size = 0
     with blobs.blob_errors():

@@ -7,38 +7,22 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import re
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, Any, NamedTuple, Protocol, Self, runtime_checkable
+from typing import Any, NamedTuple, Protocol, Self
 
-from ._inflate import InflateReader, detect, read_chunk
-from .errors import BlobError, SourceError, UsageError, VerificationError
-from .toc import TOC_NAME, TOCEntry, check_layout, clean_name, parse_toc
+from estargz._inflate import InflateReader, detect, read_chunk
+from estargz.errors import BlobError, SourceError, UsageError, VerificationError
+from estargz.reading.source import Readable, Source, Window, open_source
+from estargz.reading.toc import TOC_NAME, TOCEntry, check_layout, clean_name, parse_toc
 
-__all__ = ["Blob", "Chunk", "Footer", "RangeReader", "open", "open_tar", "parse_digest", "read_footer"]
+__all__ = ["Blob", "Chunk", "Footer", "open", "open_tar", "parse_digest", "read_footer"]
 
 MAX_TOC_SIZE = 1 << 30  # bytes of JSON: about three million entries
 MAX_CHUNK_SIZE = 1 << 30  # bytes held in memory until their digest is known
 _TAR_BLOCK = 512
 _TOC_TAIL_MAX = 1 << 20  # zeros after the JSON; writers emit less than 2 KiB, tar(1) up to 10 KiB
-
-
-@runtime_checkable
-class RangeReader(Protocol):
-    """A blob that is read by ranges, such as one in a registry. Both members must be safe to use from threads."""
-
-    @property
-    def size(self) -> int:
-        """Bytes of the blob."""
-
-    def pread(self, size: int, offset: int, /) -> bytes:
-        """At most ``size`` bytes at ``offset``; fewer only at the end."""
-
-
-Readable = str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | RangeReader
 
 
 class Tar(Protocol):
@@ -65,96 +49,6 @@ class Chunk(NamedTuple):
     chunk_offset: int
     size: int
     digest: str
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# where the bytes come from
-
-
-class Source:
-    """Random access to the bytes of a blob."""
-
-    def __init__(
-        self, name: str, size: int, kernel: int | memoryview | None, ranges: RangeReader | None = None
-    ) -> None:
-        self.name = name
-        self.size = size
-        self.kernel = kernel  # what the kernels read themselves; None: only through pread
-        self.ranges = ranges
-
-    def pread(self, size: int, offset: int) -> bytes:
-        if isinstance(self.kernel, int):
-            return os.pread(self.kernel, size, offset)
-        if self.kernel is not None:
-            return bytes(self.kernel[offset : offset + size])
-        assert self.ranges is not None
-        data = self.ranges.pread(size, offset)
-        if len(data) > size:
-            raise BlobError(f"{self.name}: {len(data)} bytes came for a range of {size}; its reader is faulty")
-        return data
-
-    def exactly(self, size: int, offset: int) -> bytes:
-        parts = []
-        while size:
-            part = self.pread(size, offset)
-            if not part:
-                raise BlobError(f"{self.name}: ends at byte {offset}, before its size; was it cut while being read?")
-            parts.append(part)
-            size, offset = size - len(part), offset + len(part)
-        return b"".join(parts)
-
-    def close(self) -> None:
-        if isinstance(self.kernel, int):
-            os.close(self.kernel)
-        self.kernel = None
-        self.ranges = None
-
-
-class Window:
-    """The bytes [begin, end) of a source, for InflateReader."""
-
-    def __init__(self, source: Source, begin: int, end: int) -> None:
-        self.source, self.at, self.end = source, begin, end
-
-    def readinto(self, buffer: memoryview) -> int:
-        room = min(len(buffer), self.end - self.at)
-        if room == 0:
-            return 0
-        if isinstance(self.source.kernel, int):
-            count = os.preadv(self.source.kernel, [buffer[:room]], self.at)
-        else:
-            part = self.source.pread(room, self.at)
-            count = len(part)
-            buffer[:count] = part
-        self.at += count
-        return count
-
-
-def open_source(source: Readable) -> Source:
-    """Take over a duplicate of a descriptor, or borrow a buffer. Raises OSError, BlobError, TypeError."""
-    if isinstance(source, (str, os.PathLike)):
-        return _from_descriptor(os.open(source, os.O_RDONLY | os.O_CLOEXEC), os.fspath(source))
-    if isinstance(source, io.BytesIO):
-        source = source.getbuffer()
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        view = memoryview(source).cast("B")
-        return Source("blob", len(view), view)
-    if isinstance(source, RangeReader):
-        return Source(str(getattr(source, "name", "blob")), source.size, None, source)
-    if hasattr(source, "fileno"):
-        return _from_descriptor(os.dup(source.fileno()), str(getattr(source, "name", "blob")))
-    raise TypeError(f"a blob is a path, a file with a descriptor, bytes or a RangeReader, not {type(source).__name__}")
-
-
-def _from_descriptor(fd: int, name: str) -> Source:
-    try:
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode):
-            raise BlobError(f"{name}: is no regular file; a blob is read from its end, so save it to a file first")
-        return Source(name, status.st_size, fd)
-    except BaseException:
-        os.close(fd)
-        raise
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -208,13 +102,13 @@ def _toc_offset(digits: bytes, end: int, name: str) -> int:
 
 def footer_of(source: Source) -> Footer | None:
     tail = min(source.size, 51)
-    return read_footer(source.exactly(tail, source.size - tail), source.size, name=source.name)
+    return read_footer(source.exactly(source.size - tail, tail), source.size, name=source.name)
 
 
 def _require_footer(source: Source) -> Footer:
     footer = footer_of(source)
     if footer is None:
-        kind = detect(source.pread(4, 0))
+        kind = detect(source.read_at(0, 4))
         what = "is no compressed layer" if kind == "plain" else f"is an ordinary {kind} stream"
         raise BlobError(
             f"{source.name}: {what}, it has no eStargz footer; build it with --compression estargz, "
@@ -533,9 +427,9 @@ def open_tar(source: Readable) -> Iterator[Tar]:
     try:
         footer = footer_of(opened)
         end = opened.size if footer is None else footer.toc_offset
-        kind = detect(opened.pread(4, 0))
+        kind = detect(opened.read_at(0, 4))
         window = Window(opened, 0, end)
-        if kind == "plain" and footer is None and not begins_like_tar(opened.pread(512, 0)):
+        if kind == "plain" and footer is None and not begins_like_tar(opened.read_at(0, 512)):
             raise BlobError(f"{opened.name}: is neither a compressed layer nor a tar; check that it is the right file")
         with blob_errors():
             yield io.BytesIO() if end == 0 else InflateReader(window, kind, name=opened.name, strict=footer is not None)

@@ -1,0 +1,1 @@
+"""Making a layer: source -> entries and payloads -> compiled stages -> sink."""
