@@ -35,6 +35,7 @@ STAGES: dict[str, tuple[list[str], list[str]]] = {
     "_pipeline": (["libisal", "libcrypto"], []),
     "_codec": (["libisal", "libdeflate"], []),
     "_inflate": (["libisal", "libzstd", "libcrypto"], []),
+    "_index": ([], []),
 }
 
 

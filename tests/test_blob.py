@@ -17,7 +17,7 @@ from reference.peer import report, run
 
 from estargz.errors import BlobError, SourceError, UsageError, VerificationError
 from estargz.reading import blob as blobs
-from estargz.reading.toc import clean_name, go_text, modtime_seconds, owners, parse_toc
+from estargz.reading.toc import Limits, clean_name, go_text, modtime_seconds, owners, parse_toc
 
 RNG = random.Random(2011)
 FILES = {"a": b"first", "d/b": RNG.randbytes(10_000), "d/empty": b"", "d/c": b"text " * 3000}
@@ -64,7 +64,7 @@ def test_blobs_made_by_go(tmp_path: Path, peer: Path, how: str, options: list[st
         assert {name: blob.read(name) for name in FILES} == FILES
         assert blob.read("h") == FILES["d/b"]
         stored = json.loads(run(peer, "toc", out))["entries"]
-        assert [entry.name for entry in blob.entries] == [entry["name"] for entry in stored]
+        assert [entry.name for entry in blob.toc] == [entry["name"] for entry in stored]
         run(peer, "unpack", out, tmp_path / "back.tar")
         assert blob.open_tar().read() == (tmp_path / "back.tar").read_bytes()
         if how == "lossless":
@@ -80,7 +80,7 @@ def test_layers_without_payload(tmp_path: Path, peer: Path, tar: bytes) -> None:
     for source in (tmp_path / "blob", estargz(tar)):
         with blobs.open(source) as blob:
             assert blob.open_tar().read() == tar
-            assert len(blob.entries) == (2 if len(tar) > 1024 else 0)
+            assert len(blob.toc) == (2 if len(tar) > 1024 else 0)
 
 
 def test_chunks_of_a_file() -> None:
@@ -96,7 +96,7 @@ def test_later_duplicate_counts() -> None:
     tar = tar_of(("a", b"old"), ("./x/../a", b"new"))
     with blobs.open(estargz(tar)) as blob:
         assert blob.read("a") == b"new"
-        assert len(blob.entries) == 2
+        assert len(blob.toc) == 2
 
 
 class Ranges:
@@ -154,10 +154,9 @@ def test_paths_that_are_not_there() -> None:
         for method in (blob.lookup, blob.read, blob.chunks):
             with pytest.raises(FileNotFoundError, match="no such entry"):
                 method("b")
-        with pytest.raises(BlobError, match="is of type dir"):
+        with pytest.raises(IsADirectoryError):
             blob.read("d")
-        with pytest.raises(BlobError, match="is of type symlink"):
-            blob.read("s")
+        assert blob.read("s") == b"first"
 
 
 # --- the footer
@@ -264,8 +263,8 @@ def test_toc_is_hashed_before_it_is_parsed() -> None:
 def test_toc_bomb(tmp_path: Path) -> None:
     """A header that claims more than the limit stops before it is inflated; one that claims less bounds what is."""
     data = assemble(member(TAR), b" " * (8 << 20) + b"{}")
-    with pytest.raises(BlobError, match=r"TOC takes 8388610 bytes, over 1000000; raise max_toc_size"):
-        blobs.open(data, max_toc_size=1_000_000)
+    with pytest.raises(BlobError, match=r"TOC takes 8388610 bytes, over 1000000; raise the limit"):
+        blobs.open(data, limits=Limits(toc_size=1_000_000))
     payload = member(TAR)
     small = made.toc_tar(b"{}")
     bomb = payload + member(small + bytes(64 << 20)) + made.footer(len(payload))
@@ -286,7 +285,7 @@ def test_claimed_size_of_the_toc(tmp_path: Path) -> None:
     with pytest.raises(BlobError, match="over 1073741824"):
         blobs.open(blob)
     with pytest.raises(BlobError, match="the first gzip member of the TOC ends after 1536 of 8589934591 bytes"):
-        blobs.open(blob, max_toc_size=1 << 34)
+        blobs.open(blob, limits=Limits(toc_size=1 << 34))
 
 
 @pytest.mark.parametrize(

@@ -231,9 +231,9 @@ def test_landmark(tree: Path, tmp_path: Path, peer: Path) -> None:
     env = environment()
     with_landmark = built(tree, "-o", blob, env=env)
     with estargz.open(blob) as opened:
-        names = [item.name for item in opened.entries]
+        names = [item.name for item in opened.toc]
         assert opened.read(LANDMARK) == b"\x0f"
-        first = opened.entries[0]
+        first = opened.toc[0]
     assert names == [LANDMARK, "d/", "d/file", "late"]
     digest = "sha256:dc0e9c3658a1a3ed1ec94274d8b19925c93e1abb7ddba294923ad9bde30f8cb8"
     assert (first.digest, first.chunk_digest, first.mode, first.modtime) == (digest, digest, 0, "")

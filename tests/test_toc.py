@@ -316,10 +316,8 @@ def test_minimum_chunk_size(peer: Path, tmp_path: Path, minimum: int, chunk_size
     assert unpacked(peer, blob) == tar
     data = blob.read_bytes()
     with estargz.open(blob) as opened:
-        members = {item.offset for item in opened.entries if item.size}
-        chunks = [
-            (item.name, chunk) for item in opened.entries if item.type == "reg" for chunk in opened.chunks(item.name)
-        ]
+        members = {item.offset for item in opened.toc if item.size}
+        chunks = [(item.name, chunk) for item in opened.toc if item.type == "reg" for chunk in opened.chunks(item.name)]
         for name, chunk in chunks:
             inflated = gzip.GzipFile(fileobj=io.BytesIO(data[chunk.offset : chunk.end])).read()
             part = inflated[chunk.inner_offset : chunk.inner_offset + chunk.size]

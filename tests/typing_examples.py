@@ -38,7 +38,7 @@ def reads() -> None:
         assert_type(blob, estargz.Blob)
         assert_type(blob.read("etc/passwd"), bytes)
         assert_type(blob.stream("etc/passwd"), Iterator[bytes])
-        assert_type([entry.name for entry in blob.entries], list[str])
+        assert_type([entry.name for entry in blob.toc], list[str])
     assert_type(estargz.verify("layer.esgz", diff_id="sha256:"), estargz.Report)
 
 

@@ -4,6 +4,8 @@ from libc.stdint cimport int64_t, uint8_t, uint64_t
 from libc.stdlib cimport calloc, free, realloc
 from libc.string cimport memcmp, memcpy
 
+import os
+
 
 cdef bint buffer_reserve(buffer *b, size_t extra) noexcept nogil:
     cdef size_t wanted = b.size + extra
@@ -41,18 +43,56 @@ cdef void buffer_free(buffer *b) noexcept nogil:
     b.capacity = 0
 
 
+# SipHash-1-3 with a key of this process: names may come from somebody who would like them to collide.
+cdef uint64_t HASH_KEY[2]
+HASH_KEY[0] = int.from_bytes(os.urandom(8), "little")
+HASH_KEY[1] = int.from_bytes(os.urandom(8), "little")
+
+
+cdef inline uint64_t rotated(uint64_t x, int bits) noexcept nogil:
+    return x << bits | x >> (64 - bits)
+
+
+cdef inline void sip_round(uint64_t *v) noexcept nogil:
+    v[0] += v[1]
+    v[1] = rotated(v[1], 13) ^ v[0]
+    v[0] = rotated(v[0], 32)
+    v[2] += v[3]
+    v[3] = rotated(v[3], 16) ^ v[2]
+    v[0] += v[3]
+    v[3] = rotated(v[3], 21) ^ v[0]
+    v[2] += v[1]
+    v[1] = rotated(v[1], 17) ^ v[2]
+    v[2] = rotated(v[2], 32)
+
+
 cdef uint64_t hash_bytes(const uint8_t *data, size_t size) noexcept nogil:
-    # FNV-1a with a final mix: keys are short, and an attacker gains nothing but a slower build of their own tree.
-    cdef uint64_t h = 14695981039346656037ULL
+    cdef uint64_t v[4]
+    cdef uint64_t word
+    cdef uint64_t last = <uint64_t>size << 56
+    cdef size_t whole = size & ~<size_t>7
     cdef size_t i
-    for i in range(size):
-        h = (h ^ data[i]) * 1099511628211ULL
-    h ^= h >> 32
-    return h * 0x9E3779B97F4A7C15ULL
+    v[0] = HASH_KEY[0] ^ 0x736f6d6570736575ULL
+    v[1] = HASH_KEY[1] ^ 0x646f72616e646f6dULL
+    v[2] = HASH_KEY[0] ^ 0x6c7967656e657261ULL
+    v[3] = HASH_KEY[1] ^ 0x7465646279746573ULL
+    for i in range(0, whole, 8):
+        memcpy(&word, data + i, 8)
+        v[3] ^= word
+        sip_round(v)
+        v[0] ^= word
+    memcpy(&last, data + whole, size - whole)
+    v[3] ^= last
+    sip_round(v)
+    v[0] ^= last
+    v[2] ^= 0xff
+    for i in range(3):
+        sip_round(v)
+    return v[0] ^ v[1] ^ v[2] ^ v[3]
 
 
 cdef map_slot *find_slot(byte_map *m, uint64_t h, const void *key, size_t size) noexcept nogil:
-    cdef size_t i = (h >> 20) & (m.capacity - 1)
+    cdef size_t i = h & (m.capacity - 1)
     cdef map_slot *slot
     while True:
         slot = &m.slots[i]
@@ -72,7 +112,7 @@ cdef bint grow(byte_map *m) noexcept nogil:
         return False
     for i in range(m.capacity):
         if m.slots[i].used:
-            j = (m.slots[i].hash >> 20) & (bigger.capacity - 1)
+            j = m.slots[i].hash & (bigger.capacity - 1)
             while bigger.slots[j].used:
                 j = (j + 1) & (bigger.capacity - 1)
             bigger.slots[j] = m.slots[i]

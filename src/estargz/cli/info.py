@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from typing import Any
 
 import click
+import numpy as np
 
 from estargz.reading import blob as blobs
 from estargz.reading.blob import Blob
-from estargz.reading.toc import LANDMARKS, clean_name
 
 
 @click.command("info")
@@ -37,10 +36,8 @@ def command(blob: str, digest: bool, as_json: bool) -> None:
 
 def describe(blob: Blob) -> dict[str, Any]:
     """What the footer and the TOC tell."""
-    counts = Counter(entry.type for entry in blob.entries)
-    files = [entry for entry in blob.entries if entry.type == "reg"]
-    chunks = counts.pop("chunk", 0) + sum(entry.size > 0 for entry in files)
-    marks = [LANDMARKS[name] for entry in files if (name := clean_name(entry.name)) in LANDMARKS]
+    kinds, numbers = np.unique(blob.entries["type"], return_counts=True)
+    counts = {kind.decode(): int(number) for kind, number in zip(kinds, numbers, strict=True) if kind != b"chunk"}
     return {
         "format": blob.footer.format,
         "size": blob.size,
@@ -48,10 +45,11 @@ def describe(blob: Blob) -> dict[str, Any]:
         "toc_offset": blob.toc_offset,
         "toc_size": blob.toc_size,
         "overhead": blob.size - blob.toc_offset,  # compressed TOC and footer
-        "entries": dict(counts),
-        "chunks": chunks,
-        "payload_size": sum(entry.size for entry in files),
-        "landmark": marks[0] if marks else None,
+        "entries": counts,
+        "chunks": int((blob.entries["end"] > 0).sum()),
+        "payload_size": int(blob.entries["size"][blob.entries["type"] == b"reg"].sum()),
+        "landmark": blob.landmark,
+        "prefetch_size": blob.prefetch_size,
     }
 
 

@@ -34,10 +34,10 @@ def command(blob: str, as_json: bool) -> None:
     """
     with blobs.open(blob) as opened:
         if as_json:
-            for entry in opened.entries:
+            for entry in opened.toc:
                 click.echo(msgspec.json.encode(entry))
             return
-        for entry, (user, group) in zip(opened.entries, owners(opened.entries), strict=True):
+        for entry, (user, group) in zip(opened.toc, owners(opened.toc), strict=True):
             if entry.type != "chunk":
                 click.echo(line(entry, user, group))
 

@@ -1,28 +1,46 @@
-"""Reading an eStargz blob: bytes leave here only after their digest was checked.
+"""An eStargz blob as a tree of files, without downloading it: bytes leave here only after their digest was checked.
 
-blob (file | buffer | ranges) -> footer -> TOC member -> SHA-256 -> TOC -> entry -> chunk -> member -> verified bytes
+source -> footer -> TOC member -> SHA-256 -> Table -> path -> chunks -> verified bytes
 """
 
 from __future__ import annotations
 
-import hashlib
+import base64
+import errno
 import io
-import re
-from collections.abc import Iterator
+import os
+import stat
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol, Self
+from functools import cached_property
+from typing import Any, Protocol, Self
 
-from estargz._inflate import InflateReader, detect, read_chunk
-from estargz.errors import BlobError, SourceError, UsageError, VerificationError
-from estargz.reading.source import Readable, Source, Window, open_source
-from estargz.reading.toc import TOC_NAME, TOCEntry, check_layout, clean_name, parse_toc
+import numpy as np
+from numpy.typing import NDArray
 
-__all__ = ["Blob", "Chunk", "Footer", "open", "open_tar", "parse_digest", "read_footer"]
+from estargz._inflate import InflateReader, detect
+from estargz.digest import parse_digest
+from estargz.errors import BlobError
+from estargz.reading.content import Chunk, ContentFile, Contents, RegularFile
+from estargz.reading.footer import footer_of, read_toc, require_footer
+from estargz.reading.source import Readable, Source, Window, blob_errors, open_source
+from estargz.reading.toc import LANDMARKS, Limits, TOCEntry, load_table, modtime_seconds, owners
 
-MAX_TOC_SIZE = 1 << 30  # bytes of JSON: about three million entries
-MAX_CHUNK_SIZE = 1 << 30  # bytes held in memory until their digest is known
-_TAR_BLOCK = 512
-_TOC_TAIL_MAX = 1 << 20  # zeros after the JSON; writers emit less than 2 KiB, tar(1) up to 10 KiB
+__all__ = ["Blob", "Chunk", "open", "open_tar"]
+
+WHITEOUT = ".wh."
+OPAQUE = ".wh..wh..opq"
+_LINKS_MAX = 40  # Linux's own limit of symbolic links on a way
+_IMPLIED_MODE = 0o755  # of a directory that no entry describes
+_TYPE_BITS = {
+    "dir": stat.S_IFDIR,
+    "reg": stat.S_IFREG,
+    "hardlink": stat.S_IFREG,
+    "symlink": stat.S_IFLNK,
+    "char": stat.S_IFCHR,
+    "block": stat.S_IFBLK,
+    "fifo": stat.S_IFIFO,
+}
 
 
 class Tar(Protocol):
@@ -32,185 +50,39 @@ class Tar(Protocol):
     def readinto(self, buffer: Any, /) -> int | None: ...
 
 
-class Footer(NamedTuple):
-    """What the last bytes of a blob say. format: "estargz", "legacy" (47-byte footer) or "external" (no TOC inside)."""
-
-    format: str
-    size: int
-    toc_offset: int
-
-
-class Chunk(NamedTuple):
-    """A part of a file. Offsets and sizes are in bytes; [offset, end) is compressed, the rest is not."""
-
-    offset: int
-    end: int
-    inner_offset: int
-    chunk_offset: int
-    size: int
-    digest: str
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# footer
-
-
-# format, total size, extra field around the TOC offset; each is a gzip header and an empty deflate stream
-_FOOTERS = (
-    ("estargz", 51, b"\x1a\x00SG\x16\x00", b"STARGZ"),
-    ("legacy", 47, b"\x16\x00", b"STARGZ"),
-    ("external", 46, b"\x15\x00SG\x11\x00", b"STARGZEXTERNALTOC"),
-)
-_GZIP_WITH_EXTRA = b"\x1f\x8b\x08\x04"
-
-
-def read_footer(tail: bytes, size: int, *, name: str = "blob") -> Footer | None:
-    """The footer in the last 51 bytes of a blob of ``size`` bytes; None when there is none.
-
-    Raises BlobError for a footer whose TOC offset is not 16 hexadecimal digits or does not lie inside the blob.
-    """
-    for kind, length, before, after in _FOOTERS:
-        footer = tail[-length:]
-        start = 10 + len(before)
-        digits = 0 if kind == "external" else 16
-        if (
-            len(footer) == length
-            and footer.startswith(_GZIP_WITH_EXTRA)
-            and footer[10:start] == before
-            and footer[start + digits : start + digits + len(after)] == after
-        ):
-            return Footer(kind, length, _toc_offset(footer[start : start + digits], size - length, name))
-    return None
-
-
-def _toc_offset(digits: bytes, end: int, name: str) -> int:
-    if not digits:
-        return end
-    if not re.fullmatch(rb"[0-9a-fA-F]{16}", digits):
-        raise BlobError(
-            f"{name}: the footer at byte {end} holds {digits!r} where 16 hexadecimal digits belong; "
-            "the blob is damaged, fetch it again"
-        )
-    offset = int(digits, 16)
-    if offset >= end:
-        raise BlobError(
-            f"{name}: the footer at byte {end} places the TOC at byte {offset}, outside the blob; "
-            "the blob is truncated or damaged, fetch it again"
-        )
-    return offset
-
-
-def footer_of(source: Source) -> Footer | None:
-    tail = min(source.size, 51)
-    return read_footer(source.exactly(source.size - tail, tail), source.size, name=source.name)
-
-
-def _require_footer(source: Source) -> Footer:
-    footer = footer_of(source)
-    if footer is None:
-        kind = detect(source.read_at(0, 4))
-        what = "is no compressed layer" if kind == "plain" else f"is an ordinary {kind} stream"
-        raise BlobError(
-            f"{source.name}: {what}, it has no eStargz footer; build it with --compression estargz, "
-            "or check an ordinary layer by its DiffID alone"
-        )
-    if footer.format == "external":
-        raise BlobError(f"{source.name}: keeps its TOC in another image, which estargz does not read")
-    return footer
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# digests
-
-
-_DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
-
-
-def parse_digest(text: str, what: str = "digest") -> bytes:
-    """The 32 bytes of "sha256:" and 64 lower-case hexadecimal digits. Raises UsageError for anything else."""
-    match = _DIGEST.fullmatch(text)
-    if match is None:
-        raise UsageError(f"{what} {text!r} is not sha256: followed by 64 lower-case hexadecimal digits")
-    return bytes.fromhex(match[1])
-
-
-def sha256(data: bytes) -> str:
-    return "sha256:" + hashlib.sha256(data).hexdigest()
-
-
-@contextmanager
-def blob_errors(where: str = "") -> Iterator[None]:
-    """What is a damaged source to a decoder is a damaged blob here."""
-    try:
-        yield
-    except BlobError:
-        raise
-    except SourceError as error:
-        raise BlobError(f"{where}{error}") from error
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# blob
-
-
 class Blob:
     """An eStargz blob that is open for reading; made by open(), to be closed, best by ``with``.
 
     toc_digest:  "sha256:..." of the TOC's JSON
     toc_offset:  where the TOC's member begins: compressed bytes of the tar
+    toc_size:    bytes of the JSON
     size:        bytes of the blob
     footer:      its Footer
-    entries:     the TOC, in the order of the tar, chunks after their file. This is the view that lazily pulling
-                 runtimes serve; it equals the tar's only after verify()
+    toc:         the table: a sequence of TOCEntry in the order of the tar, chunks after their file
+    entries:     the same as a structured array, one row an entry, dtype estargz.reading.toc.ENTRY
 
-    Names are cleaned to be relative to the root; of entries with the same name the last one counts. Methods may be used
-    from several threads. Every method that returns file content raises BlobError when the blob's data is damaged, and
-    VerificationError when it is not what the TOC promises.
+    This is the view that lazily pulling runtimes serve; it equals the tar's only after verify(). Names are cleaned to be
+    relative to the root; of entries with the same name the last one counts. Methods that take a path follow symbolic
+    links inside the layer as if its root were "/", unless they say otherwise. A link whose target is in another layer
+    leads to FileNotFoundError. Methods may be used from several threads.
+
+    Every method that returns content raises BlobError when the blob's data is damaged, and VerificationError when it is
+    not what the TOC promises.
     """
 
-    def __init__(self, source: Source, toc_digest: str | None, max_toc_size: int) -> None:
-        wanted = None if toc_digest is None else parse_digest(toc_digest, "TOC digest")
+    def __init__(self, source: Source, toc_digest: str | None, limits: Limits) -> None:
+        if toc_digest is not None:
+            parse_digest(toc_digest, "TOC digest")
         self._source = source
         self.name = source.name
         self.size = source.size
-        self.footer = _require_footer(source)
+        self.footer = require_footer(source)
         self.toc_offset = self.footer.toc_offset
-        data, self.toc_end = self._read_toc(max_toc_size)
-        self.toc_digest = sha256(data)
-        self.toc_size = len(data)
-        if wanted is not None and self.toc_digest != toc_digest:
-            raise VerificationError(
-                f"{self.name}: TOC digest: expected {toc_digest}, found {self.toc_digest} at byte {self.toc_offset}; "
-                "the blob is not the one that the digest was made for"
-            )
-        self.entries: list[TOCEntry] = parse_toc(data, name=f"{self.name}: TOC").entries
-        del data
-        self._ends = check_layout(self.entries, self.toc_offset, self.name)
-        self._positions = {
-            clean_name(entry.name): index for index, entry in enumerate(self.entries) if entry.type != "chunk"
-        }
-
-    def _read_toc(self, limit: int) -> tuple[bytes, int]:
-        """The JSON bytes and where their member ends in the blob. Never inflates more than ``limit`` of JSON."""
-        compressed = self.size - self.footer.size - self.toc_offset
-        if compressed > limit:
-            raise _too_large(self.name, compressed, limit)
-        window = Window(self._source, self.toc_offset, self.toc_offset + compressed)
-        with blob_errors():
-            reader = InflateReader(window, "gzip", name=f"{self.name}: TOC", single=True)
-            size = _toc_header(reader.read(_TAR_BLOCK), self.name)
-            if size > limit:
-                raise _too_large(self.name, size, limit)
-            data = reader.read(size)
-            tail = reader.read(_TOC_TAIL_MAX)
-        if len(data) != size:
-            raise BlobError(
-                f"{self.name}: the first gzip member of the TOC ends after {len(data)} of {size} bytes; "
-                "a TOC must be one member, build the blob again"
-            )
-        if tail.count(0) != len(tail) or len(tail) == _TOC_TAIL_MAX:
-            raise BlobError(f"{self.name}: something follows the TOC in its member; build the blob again")
-        return data, self.toc_offset + reader.offset
+        stored = read_toc(source, self.footer, limits.toc_size, toc_digest)
+        self.toc_end, self.toc_digest, self.toc_size = stored.end, stored.digest, stored.size
+        self.toc = load_table(stored.pieces, self.toc_offset, limits, name=f"{self.name}: TOC")
+        self.entries: NDArray[np.void] = self.toc.rows
+        self._contents = Contents(source)
 
     def __enter__(self) -> Self:
         return self
@@ -219,36 +91,148 @@ class Blob:
         self.close()
 
     def close(self) -> None:
-        """Give the file back; closing twice does no harm."""
+        """Give the source back; closing twice does no harm."""
         self._source.close()
 
+    # ----------------------------------------------------------------------------------------------- names
+
     def __contains__(self, path: str) -> bool:
-        return clean_name(path) in self._positions
+        return self._find(path) >= 0
 
     def lookup(self, path: str) -> TOCEntry:
-        """The entry of ``path``; links are not followed. Raises FileNotFoundError."""
-        return self.entries[self._position(path)]
+        """The entry whose name is ``path``; links are not followed, not even on the way.
 
-    def chunks(self, path: str) -> list[Chunk]:
-        """The parts of a regular file in order, hard links followed; empty for an empty file.
-
-        A chunk's digest is "" when the TOC states none for it. Raises FileNotFoundError, BlobError.
+        A directory that has no entry of its own, but something in it, comes as one with mode 0755, as runtimes serve it.
+        Raises FileNotFoundError.
         """
-        return self.chunks_at(self._file(path))
+        return self._entry(self._require(path))
+
+    def listdir(self, path: str = "") -> list[str]:
+        """The names in a directory, sorted; landmarks and whiteouts, which no runtime shows, are left out.
+
+        Raises FileNotFoundError, NotADirectoryError.
+        """
+        node = self._resolve(path)
+        if self._entry(node).type != "dir":
+            raise NotADirectoryError(errno.ENOTDIR, "is no directory", f"{self.name}: {path}")
+        names = (self.toc.tree.describe(child)[0] for child in self.toc.tree.children(node))
+        return sorted(name for name in names if not self._is_marker(node, name))
+
+    def stat(self, path: str, *, follow_symlinks: bool = True) -> os.stat_result:
+        """What ``os.stat`` would tell of the path; st_ino is the entry's number, the same for all hard links of a file.
+
+        Times are whole seconds; all three are the modification time. Raises FileNotFoundError.
+        """
+        node = self._resolve(path, follow_last=follow_symlinks)
+        row, entry = self._link_target(node)
+        try:
+            mtime = modtime_seconds(entry.modtime)
+        except ValueError as error:
+            raise BlobError(f"{self.name}: {entry.name!r}: modtime {error}") from None
+        mode = _TYPE_BITS[entry.type] | entry.mode & 0o7777
+        links = 1 + self._hard_links.get(row, 0)
+        size = len(entry.link_name.encode()) if entry.type == "symlink" else entry.size
+        numbers = (mode, row + 1, 0, links, entry.uid, entry.gid, size, mtime, mtime, mtime)
+        device = os.makedev(entry.dev_major, entry.dev_minor) if entry.type in ("char", "block") else 0
+        nanoseconds = mtime * 10**9
+        more = {"st_atime_ns": nanoseconds, "st_mtime_ns": nanoseconds, "st_ctime_ns": nanoseconds, "st_rdev": device}
+        return os.stat_result(numbers, more)
+
+    def readlink(self, path: str) -> str:
+        """The target of a symbolic link, verbatim. Raises FileNotFoundError, OSError when it is none."""
+        entry = self._entry(self._resolve(path, follow_last=False))
+        if entry.type != "symlink":
+            raise OSError(errno.EINVAL, "is no symbolic link", f"{self.name}: {path}")
+        return entry.link_name
+
+    def xattrs(self, path: str, *, follow_symlinks: bool = True) -> dict[str, bytes]:
+        """The extended attributes of a path. Raises FileNotFoundError, BlobError for values that are no base64."""
+        _, entry = self._link_target(self._resolve(path, follow_last=follow_symlinks))
+        try:
+            return {key: base64.b64decode(value, validate=True) for key, value in entry.xattrs.items()}
+        except ValueError as error:
+            raise BlobError(f"{self.name}: {entry.name!r}: attribute: {error}; build the blob again") from None
+
+    def owner(self, path: str, *, follow_symlinks: bool = True) -> tuple[str, str]:
+        """User and group name of a path, "" for none; the table states a name where it first belongs to an id."""
+        row, _ = self._link_target(self._resolve(path, follow_last=follow_symlinks))
+        return self._owners[row] if row >= 0 else ("", "")
+
+    @cached_property
+    def landmark(self) -> str | None:
+        """ "prefetch", "no-prefetch", or None when the layer has no landmark."""
+        found = [kind for name, kind in LANDMARKS.items() if self._is_file(name)]
+        return found[0] if found else None
+
+    @cached_property
+    def prefetch_size(self) -> int:
+        """Bytes at the beginning of the blob that a runtime fetches ahead: up to the prefetch landmark; 0 without one."""
+        name = next(name for name, kind in LANDMARKS.items() if kind == "prefetch")
+        return self.lookup(name).offset if self._is_file(name) else 0
+
+    def whiteouts(self) -> list[str]:
+        """Paths that the layer removes from those below it, in the order of the table."""
+        return [os.path.join(parent, name[len(WHITEOUT) :]) for parent, name in self._markers if name != OPAQUE]
+
+    def opaques(self) -> list[str]:
+        """Directories whose content in lower layers the layer hides, in the order of the table; "" is the root."""
+        return [parent for parent, name in self._markers if name == OPAQUE]
+
+    # ----------------------------------------------------------------------------------------------- content
+
+    def open(self, path: str) -> io.BufferedReader:
+        """A regular file, for reading and seeking. It fetches and checks only the chunks that it touches.
+
+        Raises FileNotFoundError, IsADirectoryError, BlobError; while being read, BlobError and what the source raises.
+        """
+        return io.BufferedReader(ContentFile(self._contents, self._file(path)), 64 << 10)
 
     def read(self, path: str) -> bytes:
-        """The content of a regular file, hard links followed. Raises FileNotFoundError, BlobError."""
+        """The content of a regular file. Raises FileNotFoundError, IsADirectoryError, BlobError."""
         return b"".join(self.stream(path))
 
     def stream(self, path: str) -> Iterator[bytes]:
-        """The content of a regular file in parts, each checked before it is given out, hard links followed.
+        """The content of a regular file in parts, each checked before it is given out.
 
         A part is one chunk, except that a file of several chunks without digests of their own (made before they were
         introduced) comes as one. After the last part the digest of the whole file is checked too. Parts above 1 GiB
-        are refused. Raises FileNotFoundError and BlobError, at once or while being consumed.
+        are refused. Raises FileNotFoundError, IsADirectoryError and BlobError, at once or while being consumed.
         """
-        index = self._file(path)
-        return self._verified(self.entries[index], self.chunks_at(index))
+        return self._contents.stream(self._file(path))
+
+    def chunks(self, path: str) -> list[Chunk]:
+        """The parts of a regular file in order; empty for an empty file.
+
+        A chunk's digest is "" when the TOC states none for it. Raises FileNotFoundError, IsADirectoryError, BlobError.
+        """
+        return list(self._file(path).chunks)
+
+    def byte_ranges(self, paths: Iterable[str]) -> NDArray[np.int64]:
+        """The parts of the blob that hold the content of these paths and of all that is below them.
+
+        Returns [begin, end) offsets, shape (ranges, 2), ascending, neighbours merged. Symbolic links are followed for the
+        paths themselves, not for what is below them; hard links always. Raises FileNotFoundError.
+        """
+        chosen = np.zeros(len(self.toc), bool)
+        for path in paths:
+            chosen[self.toc.tree.below(self._resolve(path))] = True
+        for link in np.flatnonzero(chosen & (self.entries["type"] == b"hardlink")).tolist():
+            chosen[self._follow_hard_links(link)] = True
+        with_payload = self.entries["end"] > 0
+        rows = self.entries[chosen[self.files_of_rows] & with_payload]
+        return _merged(rows["offset"], rows["end"])
+
+    def prefetch(self, paths: Iterable[str] | None = None) -> int:
+        """Have a distant source fetch the content of these paths, or, without any, what the landmark prioritises.
+
+        Returns the bytes of the blob that are meant. Sources without a cache do nothing.
+        """
+        if paths is None:
+            wanted = np.array([[0, self.prefetch_size]] if self.prefetch_size else np.empty((0, 2)), np.int64)
+        else:
+            wanted = self.byte_ranges(paths)
+        self._source.prefetch([(begin, end - begin) for begin, end in wanted.tolist()])
+        return int((wanted[:, 1] - wanted[:, 0]).sum())
 
     def open_tar(self) -> Tar:
         """The original tar stream, as it was before the TOC was appended: has read() and readinto().
@@ -257,8 +241,7 @@ class Blob:
         """
         if self.toc_offset == 0:
             return io.BytesIO()
-        window = Window(self._source, 0, self.toc_offset)
-        return InflateReader(window, "gzip", name=self.name, strict=True)
+        return InflateReader(self.raw(0, self.toc_offset), "gzip", name=self.name, strict=True)
 
     def raw(self, begin: int, end: int) -> Window:
         """The compressed bytes [begin, end), for stages that inflate them."""
@@ -266,141 +249,184 @@ class Blob:
 
     @property
     def kernel_source(self) -> int | memoryview | None:
-        """What check_chunks reads: a descriptor or a buffer; None for a RangeReader."""
+        """What the kernels read themselves: a descriptor or a buffer; None for a RangeReader."""
         return self._source.kernel
 
-    def _position(self, path: str) -> int:
-        try:
-            return self._positions[clean_name(path)]
-        except KeyError:
-            raise FileNotFoundError(2, "no such entry in the TOC", f"{self.name}: {path}") from None
+    # ----------------------------------------------------------------------------------------------- paths
 
-    def _file(self, path: str) -> int:
-        """Index of the regular file that a path means, through hard links."""
-        index = self._position(path)
-        seen = {index}
-        while (entry := self.entries[index]).type == "hardlink":
-            following = self._positions.get(clean_name(entry.link_name))
-            if following is None:
+    def _find(self, path: str) -> int:
+        """The node of this very name, or -1."""
+        try:
+            return self.toc.tree.find(path)
+        except ValueError as error:
+            raise BlobError(f"{self.name}: TOC: {error}") from None
+
+    def _require(self, path: str) -> int:
+        node = self._find(path)
+        if node < 0 or (node == 0 and not len(self.toc)):
+            raise self._missing(path)
+        return node
+
+    def _missing(self, path: str, why: str = "no such entry in the TOC") -> FileNotFoundError:
+        return FileNotFoundError(errno.ENOENT, why, f"{self.name}: {path}")
+
+    def _row(self, node: int) -> int:
+        return self.toc.tree.describe(node)[2]
+
+    def _entry(self, node: int) -> TOCEntry:
+        row = self._row(node)
+        return self.toc[row] if row >= 0 else TOCEntry(self._path(node) + "/", "dir", mode=_IMPLIED_MODE)
+
+    def _path(self, node: int) -> str:
+        parts = []
+        while node > 0:
+            name, node, _ = self.toc.tree.describe(node)
+            parts.append(name)
+        return "/".join(reversed(parts))
+
+    def _is_file(self, path: str) -> bool:
+        node = self._find(path)
+        return node >= 0 and self._entry(node).type == "reg"
+
+    def _is_marker(self, parent: int, name: str) -> bool:
+        return name.startswith(WHITEOUT) or (parent == 0 and name in LANDMARKS)
+
+    def _resolve(self, path: str, *, follow_last: bool = True) -> int:
+        """The node that a path leads to, through symbolic links inside the layer."""
+        node = self._find(path)
+        if node >= 0 and (not follow_last or self._entry(node).type != "symlink"):
+            return node
+        left = [part for part in reversed(path.split("/")) if part not in ("", ".")]
+        node = links = 0
+        while left:
+            part = left.pop()
+            if part == "..":
+                node = max(self.toc.tree.describe(node)[1], 0)
+                continue
+            below = self.toc.tree.find_below(node, part)
+            if below < 0:
+                raise self._missing(
+                    path, "no such entry in the TOC" if not links else "leads to no entry of this layer"
+                )
+            entry = self._entry(below)
+            if entry.type != "symlink" or not (left or follow_last):
+                node = below
+                continue
+            links += 1
+            if links > _LINKS_MAX:
+                raise OSError(errno.ELOOP, "too many symbolic links", f"{self.name}: {path}")
+            left += [part for part in reversed(entry.link_name.split("/")) if part not in ("", ".")]
+            node = 0 if entry.link_name.startswith("/") else node
+        return node
+
+    def _follow_hard_links(self, row: int) -> int:
+        """The row that holds what a hard link stands for."""
+        seen = {row}
+        first = row
+        while (entry := self.toc[row]).type == "hardlink":
+            node = self._find(entry.link_name)
+            row = self._row(node) if node >= 0 else -1
+            if row < 0:
                 raise BlobError(f"{self.name}: {entry.name!r} links to {entry.link_name!r}, which is not there")
-            if following in seen:
-                raise BlobError(f"{self.name}: {path!r} is a hard link that leads back to itself")
-            seen.add(following)
-            index = following
+            if row in seen:
+                name = self.toc[first].name
+                raise BlobError(f"{self.name}: {name!r} is a hard link that leads back to itself")
+            seen.add(row)
+        return row
+
+    def _link_target(self, node: int) -> tuple[int, TOCEntry]:
+        row = self._row(node)
+        if row < 0:
+            return row, self._entry(node)
+        row = self._follow_hard_links(row)
+        return row, self.toc[row]
+
+    def _file(self, path: str) -> RegularFile:
+        if not len(self.toc):
+            raise self._missing(path)
+        row, entry = self._link_target(self._resolve(path))
+        if entry.type == "dir":
+            raise IsADirectoryError(errno.EISDIR, "is a directory", f"{self.name}: {path}")
         if entry.type != "reg":
             raise BlobError(f"{self.name}: {path!r} is of type {entry.type}, only regular files have content")
-        return index
+        return RegularFile(entry.name, entry.size, entry.digest, self.chunks_at(row))
 
-    def chunks_at(self, index: int) -> list[Chunk]:
-        """The parts of the regular file that stands at ``index`` in entries, even if a later entry hides it."""
-        file = self.entries[index]
+    def chunks_at(self, row: int) -> list[Chunk]:
+        """The parts of the regular file that stands at ``row`` of the table, even if a later entry hides it."""
+        file = self.toc[row]
         if file.size == 0:
             return []
-        parts = []
-        for i in range(index, len(self.entries)):
-            entry = self.entries[i]
-            if i > index and entry.type != "chunk":
-                break
+        parts: list[Chunk] = []
+        covered = 0
+        while covered < file.size:  # the table was checked: its chunks cover the file
+            entry = self.toc[row + len(parts)]
             size = entry.chunk_size or file.size - entry.chunk_offset
             digest = entry.chunk_digest or (file.digest if size == file.size else "")
-            parts.append(Chunk(entry.offset, self._ends[i], entry.inner_offset, entry.chunk_offset, size, digest))
+            end = int(self.entries["end"][row + len(parts)])
+            parts.append(Chunk(entry.offset, end, entry.inner_offset, entry.chunk_offset, size, digest))
+            covered += size
         return parts
 
-    def _verified(self, file: TOCEntry, chunks: list[Chunk]) -> Iterator[bytes]:
-        if not file.digest and file.size and not all(chunk.digest for chunk in chunks):
-            raise BlobError(f"{self.name}: {file.name!r} has no digest in the TOC, so its content cannot be trusted")
-        if not all(chunk.digest for chunk in chunks):
-            yield self._whole(file, chunks)
-            return
-        whole = hashlib.sha256()
-        for chunk in chunks:
-            data = self._chunk(file, chunk)
-            _expect(self.name, file, chunk, chunk.digest, sha256(data))
-            if file.digest and len(chunks) > 1:
-                whole.update(data)
-            yield data
-        if file.digest and len(chunks) > 1:
-            _expect(self.name, file, chunks[0], file.digest, "sha256:" + whole.hexdigest())
+    # ----------------------------------------------------------------------------------------------- what all rows say
 
-    def _whole(self, file: TOCEntry, chunks: list[Chunk]) -> bytes:
-        if file.size > MAX_CHUNK_SIZE:
-            raise _chunk_too_large(self.name, file, file.size)
-        data = b"".join(self._chunk(file, chunk) for chunk in chunks)
-        _expect(self.name, file, chunks[0], file.digest, sha256(data))
-        return data
+    @cached_property
+    def files_of_rows(self) -> NDArray[np.int64]:
+        """For each row the row of its file: its own, or for a chunk that of the file before it."""
+        numbers = np.arange(len(self.toc), dtype=np.int64)
+        return np.maximum.accumulate(np.where(self.entries["type"] == b"chunk", 0, numbers))
 
-    def _chunk(self, file: TOCEntry, chunk: Chunk) -> bytes:
-        """The chunk's bytes, not verified yet."""
-        if chunk.size > MAX_CHUNK_SIZE:
-            raise _chunk_too_large(self.name, file, chunk.size)
-        label = f"{self.name}: {file.name!r}, chunk at {chunk.chunk_offset}"
-        with blob_errors():
-            if self._source.kernel is not None:
-                return read_chunk(
-                    self._source.kernel, chunk.offset, chunk.end, chunk.inner_offset, chunk.size, name=label
-                )
-            window = Window(self._source, chunk.offset, chunk.end)
-            reader = InflateReader(window, "gzip", name=label, strict=True)
-            _skip(reader, chunk.inner_offset)
-            data = reader.read(chunk.size)
-        if len(data) != chunk.size:
-            raise BlobError(f"{label}: its member ends after {len(data)} of {chunk.size} bytes; the blob is damaged")
-        return data
+    @cached_property
+    def _owners(self) -> list[tuple[str, str]]:
+        return list(owners(self.toc))
+
+    @cached_property
+    def _hard_links(self) -> dict[int, int]:
+        """Row of a file -> how many hard links lead to it."""
+        counts: dict[int, int] = {}
+        for row in np.flatnonzero(self.entries["type"] == b"hardlink").tolist():
+            try:
+                target = self._follow_hard_links(row)
+            except BlobError:
+                continue  # it will be raised for who asks for that link
+            counts[target] = counts.get(target, 0) + 1
+        return counts
+
+    @cached_property
+    def _markers(self) -> list[tuple[str, str]]:
+        """Parent and name of every whiteout."""
+        found = []
+        for row in self.toc.tree.with_prefix(WHITEOUT):
+            node = self._find(self.toc[row].name)
+            name, parent, last = self.toc.tree.describe(node)
+            if last == row and name.startswith(WHITEOUT):
+                found.append((self._path(parent), name))
+        return found
 
 
-def _skip(reader: InflateReader, size: int) -> None:
-    scratch = bytearray(1 << 18)
-    while size:
-        count = reader.readinto(memoryview(scratch)[:size])
-        if count == 0:
-            return
-        size -= count
+def _merged(begins: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Ascending ranges, those that touch or overlap joined; shape (ranges, 2)."""
+    if not len(begins):
+        return np.empty((0, 2), np.int64)
+    order = np.argsort(begins, kind="stable")
+    begins, ends = begins[order], np.maximum.accumulate(ends[order])
+    first = np.concatenate(([True], begins[1:] > ends[:-1]))
+    last = np.concatenate((first[1:], [True]))
+    return np.column_stack((begins[first], ends[last]))
 
 
-def _expect(name: str, file: TOCEntry, chunk: Chunk, wanted: str, found: str) -> None:
-    if found != wanted:
-        raise VerificationError(
-            f"{name}: {file.name!r}, chunk at {chunk.chunk_offset} (blob offset {chunk.offset}): "
-            f"expected {wanted}, found {found}; the blob was altered or damaged, fetch it again"
-        )
+def open(source: Readable, *, toc_digest: str | None = None, limits: Limits | None = None) -> Blob:
+    """Open an eStargz blob, on disk, in memory or far away, without reading more than its end.
 
-
-def _too_large(name: str, size: int, limit: int) -> BlobError:
-    return BlobError(f"{name}: the TOC takes {size} bytes, over {limit}; raise max_toc_size if you trust the blob")
-
-
-def _chunk_too_large(name: str, file: TOCEntry, size: int) -> BlobError:
-    return BlobError(f"{name}: {file.name!r} has a chunk of {size} bytes, over {MAX_CHUNK_SIZE}; unpack it instead")
-
-
-def _toc_header(header: bytes, name: str) -> int:
-    """The size of the JSON, from its tar header (512 bytes)."""
-    if len(header) != _TAR_BLOCK or header[:100].rstrip(b"\0") != TOC_NAME.encode() or header[345:500].strip(b"\0"):
-        raise BlobError(f"{name}: the footer leads to no {TOC_NAME}; the blob is damaged or made by a faulty builder")
-    total = sum(header) - sum(header[148:156]) + 8 * 0x20
-    size = header[124:136].strip(b" \0")
-    if _octal(header[148:156].strip(b" \0")) != total or _octal(size) is None or header[156:157] not in (b"0", b"\0"):
-        raise BlobError(f"{name}: the tar header of {TOC_NAME} is malformed; the blob is damaged, fetch it again")
-    return int(size, 8)
-
-
-def _octal(digits: bytes) -> int | None:
-    return int(digits, 8) if re.fullmatch(rb"[0-7]{1,11}", digits) else None
-
-
-def open(source: Readable, *, toc_digest: str | None = None, max_toc_size: int = MAX_TOC_SIZE) -> Blob:
-    """Open an eStargz blob.
-
-    source:        a path, a file with a descriptor (duplicated, its position is left alone), bytes, or a RangeReader
-    toc_digest:    "sha256:..." that the TOC must have; without it a TOC is believed as it stands in the blob
-    max_toc_size:  most bytes that the TOC may take, compressed and inflated; it is hashed before it is parsed
+    source:      a path, a URL, a file with a descriptor (duplicated, its position is left alone), bytes, or a RangeReader
+    toc_digest:  "sha256:..." that the TOC must have; without it a TOC is believed as it stands in the blob
+    limits:      what the TOC may ask for; it is hashed before it is decoded
 
     Raises UsageError for a malformed digest, OSError, BlobError for a blob that is no eStargz or is malformed, and
     VerificationError for another TOC digest.
     """
     opened = open_source(source)
     try:
-        return Blob(opened, toc_digest, max_toc_size)
+        return Blob(opened, toc_digest, limits or Limits())
     except BaseException:
         opened.close()
         raise

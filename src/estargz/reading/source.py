@@ -5,11 +5,24 @@ from __future__ import annotations
 import io
 import os
 import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import IO, Protocol, runtime_checkable
 
-from estargz.errors import BlobError
+from estargz.errors import BlobError, SourceError
 
-__all__ = ["RangeReader", "Readable", "Source", "Window", "open_source"]
+__all__ = ["RangeReader", "Readable", "Source", "Window", "blob_errors", "open_source"]
+
+
+@contextmanager
+def blob_errors(where: str = "") -> Iterator[None]:
+    """What is a damaged source to a decoder is a damaged blob here."""
+    try:
+        yield
+    except BlobError:
+        raise
+    except SourceError as error:
+        raise BlobError(f"{where}{error}") from error
 
 
 @runtime_checkable
@@ -58,6 +71,19 @@ class Source:
             parts.append(part)
             size, offset = size - len(part), offset + len(part)
         return b"".join(parts)
+
+    def prefetch(self, ranges: Sequence[tuple[int, int]]) -> None:
+        prefetch = getattr(self.ranges, "prefetch", None)
+        if prefetch is not None:
+            prefetch(ranges)
+
+    def forget(self, offset: int, size: int) -> bool:
+        """Have a cache drop these bytes; False when nothing keeps any."""
+        forget = getattr(self.ranges, "forget", None)
+        if forget is None:
+            return False
+        forget(offset, size)
+        return True
 
     def close(self) -> None:
         if isinstance(self.kernel, int):

@@ -1,6 +1,6 @@
 """The table of contents of an eStargz blob: its tar wrapper, its JSON, and what it must satisfy to be read.
 
-JSON bytes -> parse_toc -> TOC -> check_layout -> where each chunk's member ends
+JSON -> batches of TOCEntry -> rows, strings, names (_index) -> checked layout -> Table
 
 Rules are those of the eStargz specification (docs/estargz.md in the stargz-snapshotter repository) and of the readers
 in use; where they differ, the stricter one holds.
@@ -10,21 +10,38 @@ from __future__ import annotations
 
 import codecs
 import json
+import operator
 import re
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
-from itertools import pairwise
-from typing import Any, NoReturn
+from typing import Any, NoReturn, overload
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
-from estargz.errors import BlobError
+from estargz._index import FLAG_CHUNK_DIGEST, FLAG_DIGEST, ROW_FIELDS, TocIndex
+from estargz.errors import BlobError, UsageError
 
-__all__ = ["TOC", "TOCEntry", "check_layout", "clean_name", "go_text", "modtime_seconds", "owners", "parse_toc"]
+__all__ = [
+    "ENTRY",
+    "TOC",
+    "Limits",
+    "TOCEntry",
+    "Table",
+    "clean_name",
+    "go_text",
+    "load_table",
+    "modtime_seconds",
+    "owners",
+    "parse_toc",
+]
 
 TOC_NAME = "stargz.index.json"
 LANDMARKS = {".prefetch.landmark": "prefetch", ".no.prefetch.landmark": "no-prefetch"}
-TYPES = frozenset(("dir", "reg", "symlink", "hardlink", "char", "block", "fifo", "chunk"))
 _INT64 = range(-(2**63), 2**63)  # what Go's integers hold
 
 
@@ -96,11 +113,22 @@ def parse_toc(data: bytes, *, name: str = "TOC") -> TOC:
 
 def _parse_leniently(data: bytes, name: str) -> TOC:
     """What msgspec refuses and Go accepts, through the standard library: several times slower."""
-    try:
-        value = json.loads(go_text(data), object_pairs_hook=_fold, parse_constant=_refuse_constant, parse_float=_Float)
-        if not isinstance(value, dict):
-            raise ValueError("not an object")
+    with _malformed(name):
+        value = _loads(data, dict)
         return TOC(_typed(value, "version", 0), [_entry(item) for item in _typed(value, "entries", [])])
+
+
+def _loads(data: bytes, kind: type) -> Any:
+    value = json.loads(go_text(data), object_pairs_hook=_fold, parse_constant=_refuse_constant, parse_float=_Float)
+    if not isinstance(value, kind):
+        raise ValueError("not an object" if kind is dict else "not a list of entries")
+    return value
+
+
+@contextmanager
+def _malformed(name: str) -> Iterator[None]:
+    try:
+        yield
     except (ValueError, RecursionError) as error:
         raise BlobError(f"{name}: malformed JSON: {error}; the blob is damaged, build it again") from error
 
@@ -210,7 +238,7 @@ def modtime_seconds(text: str) -> int:
     return (moment - _EPOCH) // timedelta(seconds=1) + (cycles - 1) * _CYCLE_SECONDS
 
 
-def owners(entries: list[TOCEntry]) -> Iterator[tuple[str, str]]:
+def owners(entries: Iterable[TOCEntry]) -> Iterator[tuple[str, str]]:
     """User and group name of each entry: one that states none inherits the last one stated for its id."""
     users: dict[int, str] = {}
     groups: dict[int, str] = {}
@@ -222,60 +250,172 @@ def owners(entries: list[TOCEntry]) -> Iterator[tuple[str, str]]:
         yield users.get(entry.uid, ""), groups.get(entry.gid, "")
 
 
-def check_layout(entries: list[TOCEntry], toc_offset: int, name: str) -> list[int]:
-    """Check that every payload can be found, and say where its compressed bytes end.
+# --------------------------------------------------------------------------------------------------------------------
+# the table as rows
 
-    Returns one offset per entry: where the next member that the table names begins, or the TOC; 0 for entries without
-    payload. Raises BlobError unless types are known, numbers are not negative, chunks follow their file and cover it
-    without gap or overlap, and offsets ascend inside the blob; entries in one member must stand in order in it.
+
+ENTRY = np.dtype(ROW_FIELDS)
+"""One row of Table.rows, in the units of TOCEntry, and
+
+end:         where the compressed bytes of the payload end: the next member that the table names, or the TOC; 0: no payload
+flags:       FLAG_DIGEST, FLAG_CHUNK_DIGEST: the digest is there; FLAG_APART: the row does not say all that the entry does
+strings_at, name_len, ...:  where the strings are; private
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a table may ask of its reader; whatever is larger is refused before memory is taken for it.
+
+    toc_size:     bytes of the JSON, and of its compressed member
+    entries:      entries with their chunks, and paths with the directories that are only implied
+    name_length:  bytes of a name
+    depth:        components of a path
+    chunks:       of one file
     """
-    ends = [0] * len(entries)
-    payloads = list(_payloads(entries, name))
-    for (_, entry, size), (_, after, _) in pairwise(payloads):
-        if after.offset < entry.offset or (
-            after.offset == entry.offset and after.inner_offset < entry.inner_offset + size
-        ):
-            raise _bad(name, after, f"its offset {after.offset} lies before the end of the payload in front of it")
-    end = following = toc_offset
-    for index, entry, _ in reversed(payloads):
-        if entry.offset >= toc_offset:
-            raise _bad(name, entry, f"its offset {entry.offset} lies outside the payload, which ends at {toc_offset}")
-        if entry.offset < following:
-            end, following = following, entry.offset
-        ends[index] = end
-    return ends
+
+    toc_size: int = 1 << 30
+    entries: int = 10_000_000
+    name_length: int = 1 << 16
+    depth: int = 10_000
+    chunks: int = 1 << 22
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            most = 2**62 if field.name == "toc_size" else 2**31 - 1  # nodes and rows are counted in 32 bits
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
+                raise UsageError(f"the limit {field.name} is a whole number from 0 to {most}, not {value!r}")
 
 
-def _payloads(entries: list[TOCEntry], name: str) -> Iterator[tuple[int, TOCEntry, int]]:
-    """Index, entry and payload size of each entry that has a payload."""
-    file: TOCEntry | None = None
-    at = 0
-    for index, entry in enumerate(entries):
-        numbers = (entry.size, entry.offset, entry.inner_offset, entry.chunk_offset, entry.chunk_size)
-        if min(numbers) < 0 or max(numbers) >= 2**63:
-            raise _bad(name, entry, "it states a size or offset that is negative or too large")
-        if entry.type == "chunk":
-            if file is None or clean_name(entry.name) != clean_name(file.name):
-                raise _bad(name, entry, "a chunk that does not follow its file")
-        else:
-            _expect_complete(name, file, at)
-            file, at = (entry if entry.type == "reg" else None), 0
-            if entry.type not in TYPES:
-                raise _bad(name, entry, f"unknown type {entry.type!r}")
-            if file is None or (entry.size == 0 and not entry.chunk_offset and not entry.chunk_size):
-                continue
-        size = entry.chunk_size or file.size - entry.chunk_offset
-        if entry.chunk_offset != at or not 0 < size <= file.size - at:
-            raise _bad(name, entry, f"its chunk at {entry.chunk_offset} does not fit {file.size} bytes of the file")
-        at += size
-        yield index, entry, size
-    _expect_complete(name, file, at)
+class Table(Sequence[TOCEntry]):
+    """The entries of a table of contents: a sequence of TOCEntry that are made when they are asked for.
+
+    ``rows``: structured array of shape (entries,), dtype ENTRY, read-only, in the order of the table; ``tree``: their
+    strings and the tree of their names.
+    """
+
+    def __init__(self, index: TocIndex) -> None:
+        self.tree = index
+        self.rows: NDArray[np.void] = np.frombuffer(memoryview(index), ENTRY) if len(index) else np.empty(0, ENTRY)
+
+    def __len__(self) -> int:
+        return len(self.tree)
+
+    @overload
+    def __getitem__(self, at: int) -> TOCEntry: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[TOCEntry]: ...
+    def __getitem__(self, at: int | slice) -> TOCEntry | list[TOCEntry]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        i = operator.index(at)
+        if i < 0:
+            i += len(self)
+        if not 0 <= i < len(self):
+            raise IndexError(at)
+        return self.tree.apart.get(i) or self._made(i)
+
+    def _made(self, i: int) -> TOCEntry:
+        row = self.rows[i]
+        name, link_name, user_name, group_name, xattrs = self.tree.texts(i)
+        flags = int(row["flags"])
+        mtime = int(row["mtime"])
+        return TOCEntry(
+            name=name,
+            type=row["type"].decode(),
+            size=int(row["size"]),
+            modtime=rfc3339(mtime) if mtime else "",
+            link_name=link_name,
+            mode=int(row["mode"]),
+            uid=int(row["uid"]),
+            gid=int(row["gid"]),
+            user_name=user_name,
+            group_name=group_name,
+            offset=int(row["offset"]),
+            inner_offset=int(row["inner_offset"]),
+            dev_major=int(row["dev_major"]),
+            dev_minor=int(row["dev_minor"]),
+            xattrs=msgspec.json.decode(xattrs, type=dict[str, str]) if xattrs else {},
+            digest="sha256:" + row["digest"].tobytes().hex() if flags & FLAG_DIGEST else "",
+            chunk_offset=int(row["chunk_offset"]),
+            chunk_size=int(row["chunk_size"]),
+            chunk_digest="sha256:" + row["chunk_digest"].tobytes().hex() if flags & FLAG_CHUNK_DIGEST else "",
+        )
 
 
-def _expect_complete(name: str, file: TOCEntry | None, at: int) -> None:
-    if file is not None and at != file.size:
-        raise _bad(name, file, f"its chunks hold {at} of {file.size} bytes")
+def rfc3339(seconds: int) -> str:
+    """A time between the years 1 and 9999 as the table states it."""
+    return (_EPOCH + timedelta(seconds=seconds)).strftime("%Y-%m-%dT%H:%M:%SZ").rjust(20, "0")
 
 
-def _bad(name: str, entry: TOCEntry, what: str) -> BlobError:
-    return BlobError(f"{name}: TOC entry {entry.name!r}: {what}; the blob is damaged or made by a faulty builder")
+def load_table(pieces: deque[bytes], toc_offset: int, limits: Limits, *, name: str = "TOC") -> Table:
+    """The table that the JSON in ``pieces`` states; they are taken out of the deque as they are used up.
+
+    Checks what must hold before anything is read by it: known types, no negative numbers, chunks that follow their file
+    and cover it without gap or overlap, offsets that ascend inside the blob (entries in one member in order in it), and
+    the limits. ``toc_offset``: where the payload ends in the blob. Raises BlobError.
+    """
+    index = TocIndex(
+        max_name=limits.name_length, max_depth=limits.depth, max_nodes=limits.entries, max_chunks=limits.chunks
+    )
+    for entries in _batches(pieces, name):
+        if len(index) + len(entries) > limits.entries:
+            raise BlobError(f"{name}: more than {limits.entries} entries; raise the limit if you trust the blob")
+        try:
+            index.add(entries, msgspec.json.encode)
+        except ValueError as error:
+            at, what = error.args[0]
+            raise _bad(name, entries[at].name, what) from None
+    fault = index.check(toc_offset)
+    if fault is not None:
+        raise _bad(name, index.texts(fault[0])[0], fault[1])
+    return Table(index)
+
+
+# How Go's encoder begins a table, parts its entries and ends it. No string in JSON holds a raw line feed.
+_HEAD = re.compile(rb'\{\n\t"version": ([0-9]{1,9}),\n\t"entries": \[\n\t\t\{')
+_BORDER = b"\n\t\t},\n\t\t{"
+_TAIL = b"\n\t\t}\n\t]\n}"
+_decode_entries = msgspec.json.Decoder(list[TOCEntry]).decode
+
+
+def _batches(pieces: deque[bytes], name: str) -> Iterator[list[TOCEntry]]:
+    """The entries, some thousands at a time where the text has the usual form: never all of them as objects at once.
+
+    Each batch must be a whole JSON list by itself, so text that only looks as if it parted there is refused.
+    """
+    head = _HEAD.match(pieces[0]) if pieces else None
+    if head is None or not b"".join(list(pieces)[-2:]).endswith(_TAIL):
+        yield parse_toc(_take(pieces, len(pieces)), name=name).entries
+        return
+    text = pieces.popleft()[head.end() :]
+    wanted = 1
+    while pieces:
+        cut = text.rfind(_BORDER)
+        if cut >= 0:
+            yield _entries(text[:cut], name)
+            text = text[cut + len(_BORDER) :]
+        # An entry longer than all that was taken: twice as much before the next look.
+        wanted = 1 if cut >= 0 else 2 * wanted
+        text += _take(pieces, wanted)
+    yield _entries(text[: -len(_TAIL)], name)
+
+
+def _take(pieces: deque[bytes], count: int) -> bytes:
+    return b"".join(pieces.popleft() for _ in range(min(count, len(pieces))))
+
+
+def _entries(text: bytes, name: str) -> list[TOCEntry]:
+    """Entries that stand between the first one's and the last one's brace."""
+    data = b"[{" + text + b"}]"
+    try:
+        return _decode_entries(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        pass
+    with _malformed(name):
+        return [_entry(item) for item in _loads(data, list)]
+
+
+def _bad(name: str, entry: str, what: str) -> BlobError:
+    return BlobError(f"{name}: TOC entry {entry!r}: {what}; the blob is damaged or made by a faulty builder")

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from estargz._index import FLAG_CHUNK_DIGEST, FLAG_DIGEST
 from estargz._inflate import (
     CHECK_CHUNK,
     FILE_LAST,
@@ -31,12 +32,14 @@ from estargz._inflate import (
     check_chunks,
     detect,
 )
+from estargz.digest import parse_digest, sha256
 from estargz.errors import BlobError, EstargzError, UsageError, VerificationError, from_status
 from estargz.reading import blob as blobs
-from estargz.reading.blob import Blob, Chunk
+from estargz.reading.blob import Blob
+from estargz.reading.footer import footer_of
 from estargz.reading.scan import Scan, scan_tar
-from estargz.reading.source import Readable, Source, Window, open_source
-from estargz.reading.toc import TOCEntry, go_text, modtime_seconds, owners
+from estargz.reading.source import Readable, Source, Window, blob_errors, open_source
+from estargz.reading.toc import go_text, modtime_seconds, owners
 
 __all__ = ["Report", "verify"]
 
@@ -96,11 +99,11 @@ def verify(
         raise UsageError(f"threads must be 1 or more, not {threads}")
     for text, what in ((toc_digest, "TOC digest"), (diff_id, "DiffID")):
         if text is not None:
-            blobs.parse_digest(text, what)
+            parse_digest(text, what)
     if diff_id is not None and toc_digest is None:
         opened = open_source(source)
         try:
-            if blobs.footer_of(opened) is None:
+            if footer_of(opened) is None:
                 return _verify_plain(opened, diff_id)
         finally:
             opened.close()
@@ -112,7 +115,7 @@ def _verify_plain(source: Source, diff_id: str) -> Report:
     kind = detect(source.read_at(0, 4))
     stream = hashlib.sha256()
     size = 0
-    with blobs.blob_errors():
+    with blob_errors():
         for block in _blocks(InflateReader(Window(source, 0, source.size), kind, name=source.name)):
             stream.update(block)
             size += len(block)
@@ -131,7 +134,7 @@ def _verify_blob(blob: Blob, diff_id: str | None, threads: int) -> Report:
         if failure is not None:
             stream.cancel()
             raise _chunk_error(blob, work, *failure)
-        with blobs.blob_errors():
+        with blob_errors():
             scan = scanning.result()
         _compare(blob, scan)
         _finish_stream(blob, stream)
@@ -144,9 +147,9 @@ def _verify_blob(blob: Blob, diff_id: str | None, threads: int) -> Report:
         uncompressed_size=stream.size,
         toc_digest=blob.toc_digest,
         entries=len(scan.rows),
-        files=sum(entry.type == "reg" for entry in blob.entries),
-        chunks=len(work.chunks),
-        payload_size=sum(chunk.size for chunk in work.chunks),
+        files=int((blob.entries["type"] == b"reg").sum()),
+        chunks=len(work.jobs),
+        payload_size=int(work.jobs["size"].sum()),
     )
 
 
@@ -162,52 +165,53 @@ def _expect_diff_id(name: str, wanted: str | None, found: str) -> None:
 
 
 class _Work(NamedTuple):
-    """Chunk jobs for the kernel, and which chunk of which file each of them is."""
+    """Chunk jobs for the kernel; for each of them its row in the table and the row of its file."""
 
     jobs: NDArray[np.void]
-    chunks: list[Chunk]
-    files: list[TOCEntry]
+    rows: NDArray[np.int64]
+    files: NDArray[np.int64]
 
 
 def _plan(blob: Blob) -> _Work:
-    chunks: list[Chunk] = []
-    files: list[TOCEntry] = []
-    flags: list[int] = []
-    for index, entry in enumerate(blob.entries):
-        if entry.type == "reg" and entry.size:
-            parts = blob.chunks_at(index)
-            whole = len(parts) == 1 and parts[0].digest == entry.digest
-            flags += [0 if whole else FILE_PART] * len(parts)
-            flags[-1] |= 0 if whole else FILE_LAST
-            chunks += parts
-            files += [entry] * len(parts)
-    jobs = np.zeros(len(chunks), _JOB)
-    if not chunks:
-        return _Work(jobs, chunks, files)
-    jobs["offset"] = [chunk.offset for chunk in chunks]
-    jobs["end"] = [chunk.end for chunk in chunks]
-    jobs["inner_offset"] = [chunk.inner_offset for chunk in chunks]
-    jobs["size"] = [chunk.size for chunk in chunks]
-    jobs["flags"] = np.array(flags, np.int64) | [CHECK_CHUNK if chunk.digest else 0 for chunk in chunks]
-    jobs["digest"] = _digests(blob, files, [chunk.digest for chunk in chunks], optional=True)
-    jobs["file_digest"] = _digests(blob, files, [file.digest for file in files])
-    return _Work(jobs, chunks, files)
+    rows = np.flatnonzero(blob.entries["end"] > 0)
+    files = blob.files_of_rows[rows]
+    part, file = blob.entries[rows], blob.entries[files]
+    _expect_digests(blob, rows, files)
+    only = np.bincount(files, minlength=len(blob.toc))[files] == 1
+    stated = part["flags"] & FLAG_CHUNK_DIGEST != 0
+    # A file of one chunk may leave either digest to stand for both.
+    known = np.where((stated | ~only)[:, None], part["chunk_digest"], file["digest"])
+    whole = only & (known == file["digest"]).all(axis=1)
+    last = np.append(files[1:] != files[:-1], True) if len(files) else np.empty(0, bool)
+    jobs = np.zeros(len(rows), _JOB)
+    for field in ("offset", "end", "inner_offset"):
+        jobs[field] = part[field]
+    jobs["size"] = np.where(part["chunk_size"] > 0, part["chunk_size"], file["size"] - part["chunk_offset"])
+    jobs["flags"] = np.where(stated | only, CHECK_CHUNK, 0)
+    jobs["flags"] |= np.where(whole, 0, FILE_PART)
+    jobs["flags"] |= np.where(~whole & last, FILE_LAST, 0)
+    jobs["digest"] = known
+    jobs["file_digest"] = file["digest"]
+    return _Work(jobs, rows, files)
 
 
-def _digests(blob: Blob, files: list[TOCEntry], texts: list[str], *, optional: bool = False) -> NDArray[np.uint8]:
-    """One row of 32 bytes per digest, zeros for none."""
-    known: dict[str, bytes] = {"": bytes(32)} if optional else {}
-    for file, text in zip(files, texts, strict=True):
-        if text not in known:
+def _expect_digests(blob: Blob, rows: NDArray[np.int64], files: NDArray[np.int64]) -> None:
+    """Every file with a payload states its digest, and all digests are well-formed."""
+    asked = np.union1d(rows, files)
+    odd = [row for row in blob.toc.tree.apart if row in asked]
+    lacking = files[blob.entries["flags"][files] & FLAG_DIGEST == 0]
+    for row in sorted([*odd, *lacking[:1].tolist()]):
+        entry = blob.toc[row]
+        for text in [entry.digest] * (entry.type == "reg") + [entry.chunk_digest] * (entry.chunk_digest != ""):
             try:
-                known[text] = blobs.parse_digest(text)
+                parse_digest(text)
             except UsageError as error:
-                raise BlobError(f"{blob.name}: {file.name!r}: TOC: {error}; build the blob again") from None
-    return np.frombuffer(b"".join(known[text] for text in texts), np.uint8).reshape(-1, 32)
+                raise BlobError(f"{blob.name}: {entry.name!r}: TOC: {error}; build the blob again") from None
 
 
 def _chunk_error(blob: Blob, work: _Work, index: int, status: int, errno: int, at: int, found: bytes) -> BaseException:
-    chunk, file = work.chunks[index], work.files[index]
+    file = blob.toc[int(work.files[index])]
+    chunk = blob.chunks_at(int(work.files[index]))[int(work.rows[index] - work.files[index])]
     where = f"{blob.name}: {file.name!r}, chunk at {chunk.chunk_offset} (blob offset {chunk.offset})"
     if status < 0:
         cause = from_status(status, errno, where, at)
@@ -282,7 +286,7 @@ class _Ahead:
 
 def _scan(stream: _Ahead, compressed: int) -> Scan:
     if compressed == 0:  # made of a tar of no bytes at all, which is no tar by itself
-        return Scan(np.empty(0, []), b"", blobs.sha256(b""), 0)
+        return Scan(np.empty(0, []), b"", sha256(b""), 0)
     scan = scan_tar(stream)
     if stream.read(1):
         raise BlobError("the tar scan stopped before the end of the stream")
@@ -296,7 +300,7 @@ def _finish_stream(blob: Blob, stream: _Ahead) -> None:
         raise VerificationError(
             f"{blob.name}: {end - blob.toc_end} bytes at byte {blob.toc_end}, between the TOC and the footer"
         )
-    with blobs.blob_errors():
+    with blob_errors():
         for block in _blocks(InflateReader(blob.raw(blob.toc_offset, end), "gzip", name=blob.name, strict=True)):
             stream.add(block)
         footer = InflateReader(blob.raw(end, blob.size), "gzip", name=f"{blob.name}: footer", strict=True)
@@ -327,7 +331,7 @@ class _Facts(NamedTuple):
     digest: str
 
 
-_EMPTY_DIGEST = blobs.sha256(b"")
+_EMPTY_DIGEST = sha256(b"")
 
 
 def _compare(blob: Blob, scan: Scan) -> None:
@@ -348,7 +352,7 @@ def _compare(blob: Blob, scan: Scan) -> None:
 
 def _toc_facts(blob: Blob) -> Iterator[_Facts]:
     times: dict[str, int] = {}
-    for entry, (user, group) in zip(blob.entries, owners(blob.entries), strict=True):
+    for entry, (user, group) in zip(blob.toc, owners(blob.toc), strict=True):
         if entry.type == "chunk":
             continue
         if entry.modtime not in times:
