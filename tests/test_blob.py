@@ -271,7 +271,7 @@ def test_toc_bomb(tmp_path: Path) -> None:
     with pytest.raises(BlobError, match="something follows the TOC"):
         blobs.open(bomb)
     with pytest.raises(BlobError, match="over 100"):
-        blobs.open(estargz(TAR), max_toc_size=100)
+        blobs.open(estargz(TAR), limits=Limits(toc_size=100))
 
 
 def test_claimed_size_of_the_toc(tmp_path: Path) -> None:

@@ -138,6 +138,10 @@ class Blob:
         more = {"st_atime_ns": nanoseconds, "st_mtime_ns": nanoseconds, "st_ctime_ns": nanoseconds, "st_rdev": device}
         return os.stat_result(numbers, more)
 
+    def type_of(self, path: str, *, follow_symlinks: bool = True) -> str:
+        """dir, reg, symlink, char, block or fifo; a hard link is what it leads to. Raises FileNotFoundError."""
+        return self._link_target(self._resolve(path, follow_last=follow_symlinks))[1].type
+
     def readlink(self, path: str) -> str:
         """The target of a symbolic link, verbatim. Raises FileNotFoundError, OSError when it is none."""
         entry = self._entry(self._resolve(path, follow_last=False))
