@@ -493,3 +493,39 @@ def test_names_find_what_a_dictionary_finds(names: list[str], wanted: str) -> No
 def clean(name: str) -> str:
     """What Python's own path library makes of it, with the root as the top."""
     return re.sub("^/+", "", os.path.normpath("/" + name))
+
+
+# --- damage
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 8192}, {"chunk_size": 8192, "min_chunk_size": 30_000}], ids=str)
+def test_ten_thousand_flipped_bits(options: dict[str, Any]) -> None:
+    """A bit is flipped anywhere in the blob: what is read is right, or an error."""
+    rng = random.Random(17)
+    files = {f"d/{i}": rng.randbytes(rng.randrange(40_000)) + b"text" * rng.randrange(4000) for i in range(60)}
+    layer, data = blob_of(tar_of(*files.items()), **options)
+    blob = bytearray(data)
+    caught = harmless = 0
+    with blobs.open(blob, toc_digest=layer.toc_digest) as opened:
+        rows = opened.entries[opened.entries["end"] > 0]
+        owners = [opened.toc[i].name for i in opened.files_of_rows[opened.entries["end"] > 0].tolist()]
+        for at in rng.sample(range(len(blob)), 10_000 // 3 + 1):
+            bit = 1 << rng.randrange(8)
+            blob[at] ^= bit
+            try:
+                if at >= opened.toc_offset:
+                    touched = rng.sample(sorted(files), 1)
+                    with blobs.open(blob, toc_digest=layer.toc_digest) as again:
+                        found = [again.read(name) for name in touched]
+                else:
+                    hit = np.flatnonzero((rows["offset"] <= at) & (at < rows["end"]))
+                    touched = sorted({owners[i] for i in hit.tolist()})
+                    found = [opened.read(name) for name in touched]
+                assert found == [files[name] for name in touched]
+                harmless += 1
+            except BlobError:
+                caught += 1
+            finally:
+                blob[at] ^= bit
+    assert caught > 3000
+    assert harmless < 300

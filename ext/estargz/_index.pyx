@@ -181,6 +181,15 @@ cdef bint clean(const uint8_t *name, size_t size, buffer *out, uint32_t *depth) 
     return True
 
 
+cdef uint32_t slashes(const uint8_t *name, size_t size) noexcept nogil:
+    """One less than the most components that a name can have."""
+    cdef uint32_t count = 0
+    cdef size_t i
+    for i in range(size):
+        count += name[i] == c'/'
+    return count
+
+
 cdef bint last_begins(const uint8_t *name, size_t size, const uint8_t *prefix, size_t prefix_size) noexcept nogil:
     cdef size_t at
     while size and name[size - 1] == c'/':
@@ -266,7 +275,8 @@ cdef class TocIndex:
         row.name_len = self.add_text(entry.name)
         if row.name_len > self.max_name:
             raise ValueError(f"its name takes {row.name_len} bytes, over {self.max_name}; raise the limit if you trust the blob")
-        if not clean(self.strings.data + row.strings_at, row.name_len, &self.scratch, &depth):
+        depth = slashes(self.strings.data + row.strings_at, row.name_len)
+        if depth >= self.max_depth and not clean(self.strings.data + row.strings_at, row.name_len, &self.scratch, &depth):
             raise MemoryError
         if depth > self.max_depth:
             raise ValueError(f"its path has {depth} components, over {self.max_depth}; raise the limit if you trust the blob")
