@@ -39,6 +39,7 @@ END_SECONDS = 20.0
 
 # Without history, as a record of a build keeps its blobs alive; without collection, as what it takes away is ours to drop.
 CONFIG = """\
+{config}
 [history]
 maxEntries = 0
 
@@ -130,12 +131,14 @@ class Daemon:
     """A daemon with nothing of its own outside a temporary directory, which goes with it.
 
     ``parent``: where that directory is made; room for three copies of a tree is needed there. ``snapshotter``: "auto" is
-    BuildKit's own choice, overlayfs wherever it works; the attribute tells which that was. To be entered in a thread that
-    stays: where we are killed, the daemon is too, and the kernel takes the end of that thread for ours.
+    BuildKit's own choice, overlayfs wherever it works; the attribute tells which that was. ``config``: more of its
+    configuration, TOML. To be entered in a thread that stays: where we are killed, the daemon is too, and the kernel takes
+    the end of that thread for ours.
     """
 
-    def __init__(self, parent: Path | None = None, snapshotter: str = "auto") -> None:
+    def __init__(self, parent: Path | None = None, snapshotter: str = "auto", config: str = "") -> None:
         self.snapshotter = snapshotter
+        self._config = config
         self.version = ""
         self._parent = parent
         self._fresh: Path | None = None  # the tree that was copied and not exported since
@@ -198,7 +201,7 @@ class Daemon:
             (self._folder / name).mkdir()
         for name, text in DOCKERFILES.items():
             (self._folder / "dockerfile" / name).write_text(text)
-        (self._folder / "config.toml").write_text(CONFIG.format(snapshotter=self.snapshotter))
+        (self._folder / "config.toml").write_text(CONFIG.format(config=self._config, snapshotter=self.snapshotter))
 
     def _start(self) -> subprocess.Popen[bytes]:
         command = [str(self._programs / "buildkitd"), "--config", "config.toml", "--root", str(self._folder / "root")]
@@ -225,7 +228,7 @@ class Daemon:
         deadline = time.monotonic() + START_SECONDS
         while self._process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
-            asked = self._buildctl("debug", "workers", "--format", "{{json .}}")
+            asked = self.buildctl("debug", "workers", "--format", "{{json .}}")
             if asked.returncode == 0:
                 worker = json.loads(asked.stdout)[0]
                 self.snapshotter = worker["labels"]["org.mobyproject.buildkit.worker.snapshotter"]
@@ -238,9 +241,11 @@ class Daemon:
     def _command(self, *arguments: str) -> list[str]:
         return [str(self._programs / "buildctl"), "--addr", self._address, *arguments]
 
-    def _buildctl(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def buildctl(self, *arguments: str, timeout: float | None = None) -> subprocess.CompletedProcess[str]:
+        """Runs the client. Raises TimeoutExpired when it takes more seconds than ``timeout``."""
+        command = self._command(*arguments)
         return subprocess.run(
-            self._command(*arguments), capture_output=True, text=True, check=False, env=self._environment()
+            command, capture_output=True, text=True, check=False, timeout=timeout, env=self._environment()
         )
 
     def _solve(self, tree: Path, *options: str, step: Step | None = None) -> None:
@@ -268,7 +273,7 @@ class Daemon:
         """Empties the cache. What the last build has not let go of yet is tried again."""
         deadline = time.monotonic() + END_SECONDS
         while True:
-            pruned = self._buildctl("prune", "--all")
+            pruned = self.buildctl("prune", "--all")
             if pruned.returncode:
                 raise Failure(f"buildctl prune failed: {pruned.stderr.strip()[-500:]}")
             if not any(self._blobs().glob("*")):

@@ -1,0 +1,340 @@
+"""Layers in a runtime that pulls lazily: BuildKit with its stargz snapshotter, which mounts them by FUSE from a registry.
+
+A proxy in front of the registry notes which bytes of a layer's blob are fetched. The program that runs in the images,
+tests/show.c, tells what is to be seen in them.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import random
+import shutil
+import stat
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import IS_ROOT, REPOSITORY, missing
+from registry import PROGRAM, Fetch, Proxy, Registry, proxy, registry
+from trees import CAPABILITY, SECOND, WHOLE, Tree, run
+
+import estargz
+
+sys.path.insert(0, str(REPOSITORY / "bench"))
+
+import buildkitd
+
+RUN_SECONDS = 60.0
+BLOCK = 50_000  # bytes that the snapshotter fetches and caches at once; its default
+CONFIG = """\
+[registry."{host}"]
+http = true
+
+[worker.oci.stargzSnapshotter]
+no_background_fetch = true
+
+[worker.oci.stargzSnapshotter.blob]
+chunk_size = {block}
+"""
+PREFETCH = ".prefetch.landmark"
+
+
+# ------------------------------------------------------------------------------------------------- what it needs
+
+
+def why_not() -> str | None:
+    """Why this machine cannot mount layers; None when it can. What can be installed is looked for elsewhere."""
+    if not IS_ROOT:
+        return "needs root: mounts"
+    if not Path("/dev/fuse").exists() or "\tfuse\n" not in Path("/proc/filesystems").read_text():
+        return "the kernel has no FUSE"
+    if not buildkitd.may_mount():
+        return "the kernel does not let this process mount anything"
+    if not buildkitd.built():
+        return "buildkitd is not built: scripts/buildkit does it"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------- layers, and the runtime
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """A layer as an image has it."""
+
+    blob: Path
+    descriptor: dict[str, Any]
+    diff_id: str
+
+    @property
+    def digest(self) -> str:
+        return str(self.descriptor["digest"])
+
+    @property
+    def size(self) -> int:
+        return int(self.descriptor["size"])
+
+
+def make_layer(tree: Path, blob: Path, *, prioritized: Sequence[str] = (), **options: Any) -> Pushed:
+    """``prioritized``: files that come first, with the landmark behind them."""
+    if prioritized:
+        return go_layer(tree, blob, prioritized, **options)
+    layer = estargz.build(tree, blob, **options)
+    return Pushed(blob, layer.descriptor(), layer.diff_id)
+
+
+def go_layer(tree: Path, blob: Path, prioritized: Sequence[str], peer: Path) -> Pushed:
+    """Go's ``estargz.Build``, of this package's tar."""
+    tar, names = blob.with_suffix(".tar"), blob.with_suffix(".names")
+    estargz.build(tree, tar, compression="uncompressed", landmark=False)
+    names.write_text("".join(f"{path}\n" for path in prioritized))
+    made = json.loads(run([peer, "blob", "-how", "build", "-level", "1", "-prioritized", names, tar, blob]))
+    descriptor = {
+        "mediaType": "application/vnd.oci.image.layer.v1.tar+gzip",
+        "digest": made["digest"],
+        "size": made["size"],
+        "annotations": {
+            "containerd.io/snapshot/stargz/toc.digest": made["toc_digest"],
+            "io.containers.estargz.uncompressed-size": str(made["uncompressed_size"]),
+        },
+    }
+    return Pushed(blob, descriptor, made["diff_id"])
+
+
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """What running a command in an image brought about."""
+
+    seen: list[dict[str, Any]]
+    """The command's lines."""
+    mounts: int
+    """Layers mounted from the registry."""
+    fetches: dict[str, list[Fetch]]
+    """By the digest of a layer's blob."""
+
+
+class Runtime:
+    """A daemon, the registry that it pulls from, and the proxy between them."""
+
+    def __init__(self, folder: Path, pushes: Registry, pulls: Proxy, daemon: buildkitd.Daemon) -> None:
+        self._folder, self._pushes, self._pulls, self._daemon = folder, pushes, pulls, daemon
+        self._images = 0
+
+    def run(self, layers: Sequence[Pushed], *command: str) -> Pull:
+        """Runs a command in an image of its own of these layers, the lowest first."""
+        self._images += 1
+        name = f"image{self._images}"
+        pushed = self._pushes.push_image(name, [(layer.blob, layer.descriptor, layer.diff_id) for layer in layers])
+        before = self._mounts()
+        seen = self._seen(f"FROM {self._pulls.host}/{name}@{pushed}\nRUN {json.dumps(command)}\n")
+        return Pull(
+            seen=seen,
+            mounts=len(self._mounts() - before),
+            fetches={
+                layer.digest: [fetch for fetch in self._pulls.fetches_of(layer.digest) if f"/{name}/" in fetch.path]
+                for layer in layers
+            },
+        )
+
+    def _seen(self, dockerfile: str) -> list[dict[str, Any]]:
+        (self._folder / "Dockerfile").write_text(dockerfile)
+        local = [f"{name}={self._folder}" for name in ("context", "dockerfile")]
+        options = ["--frontend", "dockerfile.v0", "--no-cache", "--progress", "rawjson"]
+        done = self._daemon.buildctl("build", *options, "--local", local[0], "--local", local[1], timeout=RUN_SECONDS)
+        progress = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
+        printed = b"".join(base64.b64decode(log["data"]) for step in progress for log in step.get("logs", ()))
+        words = [line for line in done.stderr.splitlines() if not line.startswith("{")]
+        assert done.returncode == 0, (words, printed, self._daemon.log.read_text()[-2000:])
+        return [json.loads(line) for line in printed.splitlines()]
+
+    def _mounts(self) -> set[str]:
+        """The mount points of FUSE file systems below the daemon's directory."""
+        found = set()
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            where, _, what = line.partition(" - ")
+            if what.startswith("fuse.") and where.split()[4].startswith(str(self._folder)):
+                found.add(where.split()[4])
+        return found
+
+
+@pytest.fixture(scope="module")
+def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
+    if (reason := why_not()) is not None:
+        pytest.skip(reason)
+    for program in (PROGRAM, "runc"):
+        if shutil.which(program) is None:
+            missing(f"{program} is not installed")
+    folder = tmp_path_factory.mktemp("runtime")
+    for name in ("registry", "daemon"):
+        (folder / name).mkdir()
+    with ExitStack() as stack:
+        pushes = stack.enter_context(registry(folder / "registry"))
+        pulls = stack.enter_context(proxy(pushes.host))
+        config = CONFIG.format(host=pulls.host, block=BLOCK)
+        daemon = stack.enter_context(buildkitd.Daemon(folder / "daemon", snapshotter="stargz", config=config))
+        yield Runtime(folder, pushes, pulls, daemon)
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What runs in the images."""
+    made = tmp_path_factory.mktemp("program") / "show"
+    subprocess.run(["gcc", "-static", "-O1", "-o", made, Path(__file__).parent / "show.c"], check=True)
+    return made
+
+
+# ------------------------------------------------------------------------------------------------- what is fetched
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory, program: Path) -> Path:
+    """A tree of 200 MB that do not compress."""
+    chance = random.Random(1)
+    tree = Tree(tmp_path_factory.mktemp("large") / "tree")
+    tree.file("bin/show", program.read_bytes(), 0o755)
+    for name, size in [("a", 70), ("c", 70), ("e", 60)]:
+        tree.file(f"data/{name}", chance.randbytes(size * 1_000_000))
+    tree.file("data/b-read", chance.randbytes(9_000_000))  # several chunks
+    tree.file("data/d-unread", chance.randbytes(1_000_000))
+    return tree.root
+
+
+def test_only_what_a_container_reads_is_fetched(runtime: Runtime, large: Path, tmp_path: Path) -> None:
+    layer = make_layer(large, tmp_path / "blob")
+    pull = runtime.run([layer], "/bin/show", "/data/b-read")
+    assert [one["crc32"] for one in pull.seen] == [zlib.crc32((large / "data/b-read").read_bytes())]
+    assert pull.mounts == 1
+    with estargz.open(layer.blob) as blob:
+        read = [span for path in ("bin/show", "data/b-read") for span in spans(blob, path)]
+    fetched = blocks(asked(pull.fetches[layer.digest]))
+    assert fetched == blocks([*read, table_of_contents(layer)])
+    assert len(fetched) * BLOCK < layer.size // 10
+
+
+def test_prioritized_files_are_fetched_first_and_at_once(
+    runtime: Runtime, large: Path, tmp_path: Path, peer: Path
+) -> None:
+    """And are then all that is fetched, when a container reads no others."""
+    first = ["bin/show", "data/d-unread", "data/b-read"]
+    layer = make_layer(large, tmp_path / "blob", prioritized=first, peer=peer)
+    with estargz.open(layer.blob) as blob:
+        landmark = blob.lookup(PREFETCH).offset
+        assert all(end <= landmark for path in first for _, end in spans(blob, path))
+        assert spans(blob, "data/a")[0][0] > landmark > 10_000_000
+    pull = runtime.run([layer], "/bin/show", "/data/b-read")
+    assert [one["crc32"] for one in pull.seen] == [zlib.crc32((large / "data/b-read").read_bytes())]
+    assert pull.mounts == 1
+    fetched = asked(pull.fetches[layer.digest])
+    index = blocks([table_of_contents(layer)])
+    assert [span for span in fetched if not blocks([span]) <= index] == [(0, -(-landmark // BLOCK) * BLOCK)]
+    assert blocks(fetched[:1]) <= index  # which tells where the landmark is
+
+
+def test_layer_without_table_of_contents_is_fetched_whole(runtime: Runtime, program: Path, tmp_path: Path) -> None:
+    """What the other tests would see if nothing were lazy."""
+    tree = Tree(tmp_path / "tree")
+    tree.file("bin/show", program.read_bytes(), 0o755)
+    tree.file("data", random.Random(2).randbytes(5_000_000))
+    layer = make_layer(tree.root, tmp_path / "blob", compression="gzip")
+    pull = runtime.run([layer], "/bin/show", "/bin/show")
+    assert (len(pull.seen), pull.mounts) == (1, 0)
+    assert any(fetch.sent == layer.size for fetch in pull.fetches[layer.digest])
+
+
+def asked(fetches: Iterable[Fetch]) -> list[tuple[int, int]]:
+    """The ranges of a blob that were fetched. Two bytes are asked for to learn whether there are ranges at all."""
+    bodies = [fetch for fetch in fetches if fetch.method == "GET"]
+    assert all(fetch.status == 206 for fetch in bodies)
+    assert bodies[0].ranges == [(0, 2)]
+    return [span for fetch in bodies[1:] for span in fetch.ranges]
+
+
+def blocks(ranges: Iterable[tuple[int, int]]) -> set[int]:
+    """The numbers of the blocks that the ranges touch."""
+    return {number for begin, end in ranges for number in range(begin // BLOCK, (end - 1) // BLOCK + 1)}
+
+
+def spans(blob: estargz.Blob, path: str) -> list[tuple[int, int]]:
+    """Where a file's chunks lie in the blob."""
+    return [(chunk.offset, chunk.end) for chunk in blob.chunks(path)]
+
+
+def table_of_contents(layer: Pushed) -> tuple[int, int]:
+    """Where it lies in the blob, with the footer behind it."""
+    with layer.blob.open("rb") as file:
+        file.seek(-51, os.SEEK_END)
+        return int(file.read()[16:32], 16), layer.size
+
+
+# ------------------------------------------------------------------------------------------------- what is seen
+
+
+def test_everything_is_seen(runtime: Runtime, tree: Tree, tmp_path: Path) -> None:
+    layer = make_layer(tree.root, tmp_path / "blob")
+    pull = runtime.run([layer], "/bin/show", "/tree")
+    assert pull.mounts == 1
+    assert by_path(pull.seen) == by_path(listing(tree.root))
+
+
+@pytest.fixture
+def tree(tmp_path: Path, program: Path) -> Tree:
+    """An image that can be run, and below ``tree`` something of every kind."""
+    made = Tree(tmp_path / "image")
+    made.file("bin/show", program.read_bytes(), 0o755)
+    made.file("tree/empty", b"", 0o600, time=WHOLE)
+    made.file("tree/set-user", b"#!", 0o4755, owner=(3_000_000, 5), time=WHOLE + SECOND)
+    made.file("tree/capable", b"able", 0o755, capability=CAPABILITY)
+    made.file("tree/chunks", random.Random(3).randbytes(1_000_000) * 11, time=-5 * SECOND)
+    made.file("tree/unreadable", b"by others", 0)
+    made.file("tree/" + "é" * 60 + "/" + "l" * 200, b"long")
+    made.file('tree/quo"te\\\n<&>', b"escaped")
+    made.link("tree/link", "tree/chunks")
+    made.symlink("tree/symlink", "t" * 300)
+    made.symlink("tree/dangling", "../../nowhere")
+    made.fifo("tree/fifo")
+    made.char("tree/char", 1, 3, owner=(1, 2))
+    made.block("tree/block", 7, 300)
+    made.dir("tree/sticky", 0o1777, time=WHOLE)
+    made.dir("tree/empty-directory", 0o2750, owner=(0, 5))
+    return made
+
+
+def by_path(seen: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {bytes.fromhex(one["path"]).decode(): {**one, "path": None} for one in seen}
+
+
+def listing(image: Path) -> Iterator[dict[str, Any]]:
+    """What tests/show.c prints of the image's ``/tree``, seen from here."""
+    yield shown(image, image / "tree")
+    for folder, directories, files in os.walk(image / "tree"):
+        yield from (shown(image, Path(folder, name)) for name in [*directories, *files])
+
+
+def shown(image: Path, path: Path) -> dict[str, Any]:
+    found = path.lstat()
+    kind = stat.S_IFMT(found.st_mode)
+    line: dict[str, Any] = {
+        "mode": found.st_mode,
+        "owner": [found.st_uid, found.st_gid],
+        "mtime": found.st_mtime_ns // SECOND,
+        "path": (b"/" + os.fsencode(path.relative_to(image))).hex(),
+    }
+    if kind != stat.S_IFDIR:
+        line["links"] = found.st_nlink
+    if kind in (stat.S_IFCHR, stat.S_IFBLK):
+        line["device"] = [os.major(found.st_rdev), os.minor(found.st_rdev)]
+    if kind == stat.S_IFLNK:
+        line["target"] = os.fsencode(path.readlink()).hex()
+    if kind == stat.S_IFREG:
+        line |= {"size": found.st_size, "crc32": zlib.crc32(path.read_bytes())}
+    if "security.capability" in os.listxattr(path, follow_symlinks=False):
+        line["capability"] = os.getxattr(path, "security.capability", follow_symlinks=False).hex()
+    return line
