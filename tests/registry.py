@@ -6,6 +6,7 @@ import hashlib
 import http.client
 import json
 import re
+import shutil
 import subprocess
 import threading
 import time
@@ -102,12 +103,13 @@ class Registry:
 
 @contextmanager
 def registry(folder: Path) -> Iterator[Registry]:
-    """Runs a registry that keeps all it has, its log too, in an empty directory."""
+    """Runs a registry that keeps all it has, its log too, in an empty directory. It goes when the thread that asked does."""
     config, log = folder / "config.yml", folder / "log"
     config.write_text(CONFIG.format(storage=json.dumps(str(folder / "storage"))))
+    guard = ["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [PROGRAM, "serve", str(config)], stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=folder
+            [*guard, PROGRAM, "serve", str(config)], stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=folder
         )
     try:
         yield Registry(wait_for_host(process, log))
