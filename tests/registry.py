@@ -190,7 +190,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             upstream.request(self.command, self.path, headers=dict(self.headers.items()))
             self._pass_on(upstream.getresponse(), fetch)
-        except OSError:  # one of the two has gone
+        except (OSError, http.client.HTTPException):  # one of the two has gone
             self.close_connection = True
         finally:
             upstream.close()

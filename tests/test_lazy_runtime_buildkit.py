@@ -14,9 +14,10 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,10 @@ def why_not() -> str | None:
     """Why this machine cannot mount layers; None when it can. What can be installed is looked for elsewhere."""
     if not IS_ROOT:
         return "needs root: mounts"
-    if not Path("/dev/fuse").exists() or "\tfuse\n" not in Path("/proc/filesystems").read_text():
-        return "the kernel has no FUSE"
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR))
+    except OSError as error:
+        return f"the kernel has no FUSE for us: {error}"
     if not buildkitd.may_mount():
         return "the kernel does not let this process mount anything"
     if not buildkitd.built():
@@ -173,16 +176,16 @@ class Runtime:
 
 
 @pytest.fixture(scope="module")
-def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
+def runtime() -> Iterator[Runtime]:
     if (reason := why_not()) is not None:
         pytest.skip(reason)
     for program in (PROGRAM, "runc"):
         if shutil.which(program) is None:
             missing(f"{program} is not installed")
-    folder = tmp_path_factory.mktemp("runtime")
-    for name in ("registry", "daemon"):
-        (folder / name).mkdir()
     with ExitStack() as stack:
+        folder = stack.enter_context(temporary_directory())
+        for name in ("registry", "daemon"):
+            (folder / name).mkdir()
         pushes = stack.enter_context(registry(folder / "registry"))
         pulls = stack.enter_context(proxy(pushes.host))
         config = CONFIG.format(host=pulls.host, block=BLOCK)
@@ -190,11 +193,21 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
         yield Runtime(folder, pushes, pulls, daemon)
 
 
+@contextmanager
+def temporary_directory() -> Iterator[Path]:
+    """One that is removed at once, as it holds some hundred megabytes."""
+    with tempfile.TemporaryDirectory(prefix="estargz-test-") as made:
+        yield Path(made)
+
+
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What runs in the images."""
     made = tmp_path_factory.mktemp("program") / "show"
-    subprocess.run(["gcc", "-static", "-O1", "-o", made, Path(__file__).parent / "show.c"], check=True)
+    command: list[str | Path] = ["gcc", "-static", "-O1", "-o", made, Path(__file__).parent / "show.c"]
+    compiled = subprocess.run(command, capture_output=True, text=True, check=False)
+    if compiled.returncode:
+        missing(f"no program without libraries can be made: {compiled.stderr.strip()[-500:]}")
     return made
 
 
@@ -202,20 +215,21 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory, program: Path) -> Path:
+def large(program: Path) -> Iterator[Path]:
     """A tree of 100 MB that do not compress."""
     chance = random.Random(1)
-    tree = Tree(tmp_path_factory.mktemp("large") / "tree")
-    tree.file("bin/show", program.read_bytes(), 0o755)
-    for name, size in [("a", 30), ("c", 30), ("e", 30)]:
-        tree.file(f"data/{name}", chance.randbytes(size * 1_000_000))
-    tree.file("data/b-read", chance.randbytes(9_000_000))  # several chunks
-    tree.file("data/d-unread", chance.randbytes(1_000_000))
-    return tree.root
+    with temporary_directory() as folder:
+        tree = Tree(folder / "tree")
+        tree.file("bin/show", program.read_bytes(), 0o755)
+        for name in ("a", "c", "e"):
+            tree.file(f"data/{name}", chance.randbytes(30_000_000))
+        tree.file("data/b-read", chance.randbytes(9_000_000))  # several chunks
+        tree.file("data/d-unread", chance.randbytes(1_000_000))
+        yield tree.root
 
 
-def test_only_what_a_container_reads_is_fetched(runtime: Runtime, large: Path, tmp_path: Path) -> None:
-    layer = make_layer(large, tmp_path / "blob")
+def test_only_what_a_container_reads_is_fetched(runtime: Runtime, large: Path, scratch: Path) -> None:
+    layer = make_layer(large, scratch / "blob")
     pull = runtime.run([layer], "/bin/show", "/data/b-read")
     assert [one["crc32"] for one in pull.seen] == [zlib.crc32((large / "data/b-read").read_bytes())]
     assert pull.mounts == 1
@@ -227,11 +241,11 @@ def test_only_what_a_container_reads_is_fetched(runtime: Runtime, large: Path, t
 
 
 def test_prioritized_files_are_fetched_first_and_at_once(
-    runtime: Runtime, large: Path, tmp_path: Path, peer: Path
+    runtime: Runtime, large: Path, scratch: Path, peer: Path
 ) -> None:
     """And are then all that is fetched, when a container reads no others."""
     first = ["bin/show", "data/d-unread", "data/b-read"]
-    layer = make_layer(large, tmp_path / "blob", prioritized=first, peer=peer)
+    layer = make_layer(large, scratch / "blob", prioritized=first, peer=peer)
     with estargz.open(layer.blob) as blob:
         landmark = blob.lookup(PREFETCH).offset
         assert all(end <= landmark for path in first for _, end in spans(blob, path))
@@ -359,6 +373,8 @@ def tree(tmp_path: Path, program: Path) -> Tree:
     made.block("tree/block", 7, 300)
     made.dir("tree/sticky", 0o1777, time=WHOLE)
     made.dir("tree/empty-directory", 0o2750, owner=(0, 5))
+    for name in ("tree/" + "é" * 60, "tree"):
+        made.dir(name)  # from half a second on a tar's time is rounded up
     return made
 
 
