@@ -32,7 +32,8 @@ type blobJob struct {
 	prioritized             []string
 	allowMissing            bool
 	workers                 int
-	uncounted               bool // leave the uncompressed size out where only inflating the blob would tell
+	toc                     string // where the TOC of an external-TOC blob goes
+	uncounted               bool   // leave the uncompressed size out where only inflating the blob would tell
 }
 
 // blobReport is what "blob" prints; what the maker does not tell is left out.
@@ -48,17 +49,33 @@ type blobReport struct {
 	Missed           []string `json:"missed,omitempty"`      // with -allow-missing
 }
 
+// makers of blobs, each with the flags that it has no use for.
+var makers = map[string]struct {
+	run     func(*blobJob, *blobReport) error
+	refused []string
+}{
+	"buildkit":        {makeBuildKit, []string{"chunk-size", "min-chunk-size", "prioritized", "allow-missing", "workers", "toc"}},
+	"two-blobs":       {makeTwoBlobs, []string{"toc"}},
+	"lossless":        {makeLossless, []string{"lower", "prioritized", "allow-missing", "workers", "toc"}},
+	"build":           {makeBuild, []string{"lower", "toc"}},
+	"build-from-gzip": {makeBuildFromGzip, []string{"lower", "toc"}},
+	"legacy":          {makeLegacy, []string{"lower", "prioritized", "allow-missing", "workers", "toc", "min-chunk-size"}},
+	"external":        {makeExternal, []string{"lower", "prioritized", "allow-missing", "workers"}},
+	"zstd":            {makeZstd, []string{"lower", "prioritized", "allow-missing", "workers", "toc"}},
+}
+
 func runBlob(args []string) error {
 	j := blobJob{}
 	fs := newFlags("blob")
-	fs.StringVar(&j.how, "how", "", "buildkit, two-blobs, lossless, build or build-from-gzip")
+	fs.StringVar(&j.how, "how", "", "buildkit, two-blobs, lossless, build, build-from-gzip, legacy, external or zstd")
 	fs.StringVar(&j.lower, "lower", "", "tree to compare with (buildkit, two-blobs)")
-	level := fs.Int("level", 0, "gzip level; default -1 for buildkit, else 6")
+	level := fs.Int("level", 0, "gzip level; default -1 for buildkit, else 6 (zstd: 1 to 4, default 2)")
 	fs.IntVar(&j.chunkSize, "chunk-size", 0, "chunk size; 0 is the package's default")
 	fs.IntVar(&j.minChunkSize, "min-chunk-size", 0, "min chunk size")
 	list := fs.String("prioritized", "", "file of prioritized paths, one a line (build, two-blobs)")
 	fs.BoolVar(&j.allowMissing, "allow-missing", false, "report prioritized paths that are not there instead of failing")
 	fs.IntVar(&j.workers, "workers", 0, "parallel parts of build and two-blobs; 0 is one per CPU")
+	fs.StringVar(&j.toc, "toc", "", "file for the TOC that is kept outside the blob (external)")
 	fs.BoolVar(&j.uncounted, "uncounted", false, "do not inflate the blob afterwards to count its bytes (lossless)")
 	pos, err := parse(fs, args, 2)
 	if err != nil {
@@ -79,16 +96,6 @@ func runBlob(args []string) error {
 			}
 		}
 	}
-	makers := map[string]struct {
-		run     func(*blobJob, *blobReport) error
-		refused []string // flags that this maker has no use for
-	}{
-		"buildkit":        {makeBuildKit, []string{"chunk-size", "min-chunk-size", "prioritized", "allow-missing", "workers"}},
-		"two-blobs":       {makeTwoBlobs, nil},
-		"lossless":        {makeLossless, []string{"lower", "prioritized", "allow-missing", "workers"}},
-		"build":           {makeBuild, []string{"lower"}},
-		"build-from-gzip": {makeBuildFromGzip, []string{"lower"}},
-	}
 	maker, ok := makers[j.how]
 	if !ok {
 		return fmt.Errorf("unknown -how %q", j.how)
@@ -105,7 +112,7 @@ func runBlob(args []string) error {
 	}
 	r.Seconds = time.Since(start).Seconds()
 	// The plain writer does not tell the uncompressed size: count it, off the clock.
-	if r.UncompressedSize == 0 && !j.uncounted && isRegular(j.out) {
+	if r.UncompressedSize == 0 && !j.uncounted && j.how != "zstd" && isRegular(j.out) {
 		b, err := gunzip(j.out)
 		if err != nil {
 			return err
@@ -140,13 +147,18 @@ func (j *blobJob) writeBlob(r *blobReport, write func(io.Writer) error) error {
 
 // makeLossless runs the estargz writer over a tar file.
 func makeLossless(j *blobJob, r *blobReport) error {
+	return j.appendLossless(r, estargz.NewGzipCompressorWithLevel(j.levelOr(6)))
+}
+
+// appendLossless runs the estargz writer over a tar file, in one of its formats.
+func (j *blobJob) appendLossless(r *blobReport, format estargz.Compressor) error {
 	f, err := os.Open(j.source)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
 	return j.writeBlob(r, func(out io.Writer) error {
-		w := estargz.NewWriterLevel(out, j.levelOr(6))
+		w := estargz.NewWriterWithCompressor(out, format)
 		w.ChunkSize, w.MinChunkSize = j.chunkSize, j.minChunkSize
 		if err := w.AppendTarLossLess(bufio.NewReaderSize(f, 128<<10)); err != nil {
 			return err

@@ -25,7 +25,11 @@ const usage = `usage: peer COMMAND [FLAGS] ARGUMENTS
   overlay-diff [-lower DIR ...] UPPERDIR OUT.tar   (topmost lower first)
   blob         -how HOW [FLAGS] SOURCE OUT
                HOW: buildkit, two-blobs (of a directory),
-                    lossless, build, build-from-gzip (of a tar file)
+                    lossless, build, build-from-gzip, legacy, external, zstd
+                    (of a tar file)
+  apply        [-no-same-owner] LAYER... DIR
+  read         [-toc FILE] BLOB
+  ranges       [-toc FILE] BLOB                    (wanted ranges on the standard input)
   verify       [-toc-digest DIGEST] BLOB
   toc          BLOB
   unpack       BLOB OUT.tar
@@ -40,6 +44,9 @@ var commands = map[string]func([]string) error{
 	"diff":         runDiff,
 	"overlay-diff": runOverlayDiff,
 	"blob":         runBlob,
+	"apply":        runApply,
+	"read":         runRead,
+	"ranges":       runRanges,
 	"verify":       runVerify,
 	"toc":          runTOC,
 	"unpack":       runUnpack,
