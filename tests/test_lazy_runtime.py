@@ -44,11 +44,12 @@ class Pushed:
         return report(program, *where, *options, *names)
 
 
-def make_layer(peer: Path, tree: Path, blob: Path, prioritized: Sequence[str] = (), *options: object) -> None:
-    """A layer of a tree whose prioritized files come first."""
+def make_layer(peer: Path, tree: Path, blob: Path, prioritized: Sequence[str], **sizes: int) -> None:
+    """A layer of a tree whose prioritized files come first. ``sizes``: chunk_size, min_chunk_size."""
     tar, names = blob.with_suffix(".tar"), blob.with_suffix(".list")
     run(peer, "diff", tree, tar)
     names.write_text("".join(f"{name}\n" for name in prioritized))
+    options = [part for key, size in sizes.items() for part in (f"-{key.replace('_', '-')}", size)]
     run(peer, "blob", "-how", "build", "-prioritized", names, *options, tar, blob)
 
 
@@ -144,12 +145,12 @@ def test_without_prefetching_they_are_fetched_when_read(layer: Pushed, stargz: P
     assert [file["ranges"][0][0] for file in found["files"]] == [layer.offsets[name] for name in FIRST]
 
 
-@pytest.mark.parametrize("options", [["-min-chunk-size", 12_000], ["-chunk-size", 4096]], ids=str)
+@pytest.mark.parametrize("sizes", [{"min_chunk_size": 12_000}, {"chunk_size": 4096}], ids=str)
 def test_shared_and_small_members(
-    options: list[object], tree: Tree, tmp_path: Path, peer: Path, store: Registry, stargz: Path
+    sizes: dict[str, int], tree: Tree, tmp_path: Path, peer: Path, store: Registry, stargz: Path
 ) -> None:
     """The landmark begins a member whatever shares one, so the range is exact here too."""
-    make_layer(peer, tree.root, tmp_path / "blob", FIRST, *options)
+    make_layer(peer, tree.root, tmp_path / "blob", FIRST, **sizes)
     layer = push(store, peer, tmp_path / "blob")
     found = layer.lazily(stargz, "-unit", 1, reads=FIRST)
     assert found["prefetch"] == [[0, layer.offsets[LANDMARK]]]
