@@ -28,7 +28,7 @@ RANDOM = ["usr/bin/program", "usr/lib/library", "usr/share/behind", "usr/share/l
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """A layer that is in the registry, and the regular files of its TOC: the offset of each, in the order of the tar."""
+    """A layer in the registry, and the files with content in its TOC: the offset of each, in the order of the tar."""
 
     host: str
     digest: str

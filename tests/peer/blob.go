@@ -54,7 +54,9 @@ var makers = map[string]struct {
 	run     func(*blobJob, *blobReport) error
 	refused []string
 }{
-	"buildkit":        {makeBuildKit, []string{"chunk-size", "min-chunk-size", "prioritized", "allow-missing", "workers", "toc"}},
+	"buildkit": {
+		makeBuildKit, []string{"chunk-size", "min-chunk-size", "prioritized", "allow-missing", "workers", "toc"},
+	},
 	"two-blobs":       {makeTwoBlobs, []string{"toc"}},
 	"lossless":        {makeLossless, []string{"lower", "prioritized", "allow-missing", "workers", "toc"}},
 	"build":           {makeBuild, []string{"lower", "toc"}},

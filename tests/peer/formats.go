@@ -59,7 +59,8 @@ func (c *legacyCompressor) WriteTOCAndFooter(
 	}
 	zw.Extra = []byte("stargz.toc")
 	tw := tar.NewWriter(io.MultiWriter(zw, diffHash))
-	if err := tw.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: estargz.TOCTarName, Size: int64(len(text))}); err != nil {
+	header := tar.Header{Typeflag: tar.TypeReg, Name: estargz.TOCTarName, Size: int64(len(text))}
+	if err := tw.WriteHeader(&header); err != nil {
 		return "", err
 	}
 	if _, err := tw.Write(text); err != nil {
