@@ -185,11 +185,6 @@ def test_without_a_landmark_the_configured_size_is_prefetched(
     assert [file["digest"] for file in found["files"]] == [sha256((tree.root / name).read_bytes()) for name in RANDOM]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="the snapshotter takes an empty file for a part of the member at offset 0",
-)
 @pytest.mark.parametrize("landmark", [False, True])
 def test_empty_file_in_the_first_shared_member(
     landmark: bool, tree: Tree, tmp_path: Path, peer: Path, store: Registry, stargz: Path

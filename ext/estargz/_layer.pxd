@@ -28,6 +28,7 @@ cdef class LayerBuilder:
 
     cdef batch *current
     cdef size_t member_at           # where the open member begins in the batch
+    cdef bint has_payload           # some chunk has been given room
     cdef size_t run                 # bytes of the open member since its last payload
     cdef int64_t row_count
     cdef byte_map last_names        # id -> position in names

@@ -2,7 +2,7 @@
 
 Where members begin is decided here and nowhere else, from the stream's content and the options alone:
 
-- a chunk of a payload begins a member, unless the open member holds less than the minimum member size;
+- a chunk of a payload begins a member, unless the open member holds less than the minimum member size and some payload;
 - a run of bytes without payload (headers, padding, trailing zeros) that exceeds RUN_LIMIT begins another.
 
 A batch only ever ends where a member ends, so neither batches nor threads can be seen in the output.
@@ -173,7 +173,8 @@ cdef class LayerBuilder:
         cdef size_t open_size = self.current.raw_size - self.member_at if self.current != NULL else 0
         cdef chunk_span chunk
         cdef uint8_t *space
-        if self.current == NULL or (open_size and open_size >= self.member_minimum):
+        # No payload lies in the member at offset 0: readers take entries that state no offset for parts of that one.
+        if self.current == NULL or (open_size and (open_size >= self.member_minimum or (self.indexed and not self.has_payload))):
             if self.new_member(self.member_maximum if self.member_minimum else size + RUN_LIMIT):
                 return NULL
         if self.keep_rows:
@@ -187,6 +188,7 @@ cdef class LayerBuilder:
             if not buffer_append(&self.current.chunks, &chunk, sizeof(chunk)):
                 self.failure.code = EST_NO_MEMORY
                 return NULL
+        self.has_payload = True
         space = self.current.raw + self.current.raw_size
         self.current.raw_size += size
         self.run = 0
