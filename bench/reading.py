@@ -26,12 +26,12 @@ from typing import Any
 
 import machine
 from measure import REPOSITORY, Failure, Run, available, find_tree, run
+from ways import estargz_command
 
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
 PARTS = ("extract", "convert", "index", "lazy")
 OUTPUT = REPOSITORY / "build" / "bench" / "reading.json"
-ESTARGZ = [sys.executable, "-m", "estargz"]
 READ_SIZE = 10_000
 MB = 1e6
 
@@ -97,8 +97,19 @@ def layers(name: str, scratch: Path) -> Iterator[tuple[Path, Path] | None]:
         yield None
         return
     blob, packed = scratch / "layer.esgz", scratch / "layer.tar.gz"
-    run([*ESTARGZ, "build", "--quiet", str(tree.path), "-o", str(blob)])
-    run([*ESTARGZ, "build", "--quiet", "--compression", "uncompressed", str(tree.path), "-o", str(scratch / "tar")])
+    run([*estargz_command(), "build", "--quiet", str(tree.path), "-o", str(blob)])
+    run(
+        [
+            *estargz_command(),
+            "build",
+            "--quiet",
+            "--compression",
+            "uncompressed",
+            str(tree.path),
+            "-o",
+            str(scratch / "tar"),
+        ]
+    )
     with packed.open("wb") as out:
         subprocess.run(["gzip", "-6", "-c", scratch / "tar"], stdout=out, check=True)
     (scratch / "tar").unlink()
@@ -130,7 +141,7 @@ def extract(name: str, scratch: Path, rounds: int) -> Iterator[dict[str, Any]]:
                 tar = ["tar", "-xzpf", source, "--numeric-owner", "--xattrs", "--xattrs-include=*"]
                 bsdtar = ["bsdtar", "-xpf", source]
                 return [
-                    Way("estargz extract", into(scratch, lambda d: [*ESTARGZ, "extract", "--quiet", source, str(d)])),
+                    Way("estargz extract", into(scratch, lambda d: [*estargz_command(), "extract", "--quiet", source, str(d)])),
                     Way("GNU tar and gzip", into(scratch, lambda d: [*tar, "-C", str(d)])),
                     Way("bsdtar", into(scratch, lambda d: [*bsdtar, "-C", str(d)]), available("bsdtar")),
                     Way("containerd's archive.Apply", into(scratch, lambda d: [str(go), "apply", source, str(d)]),
@@ -150,7 +161,7 @@ def convert(name: str, scratch: Path, rounds: int) -> Iterator[dict[str, Any]]:
             return
         source, out = str(made[1]), str(scratch / "out")
         ways = [
-            Way("estargz build", lambda: run([*ESTARGZ, "build", "--quiet", source, "-o", out], scratch)),
+            Way("estargz build", lambda: run([*estargz_command(), "build", "--quiet", source, "-o", out], scratch)),
             Way(
                 "estargz.Build, level 6",
                 lambda: run([str(go), "blob", "-how", "build-from-gzip", "-level", "6", source, out], scratch),
@@ -174,7 +185,7 @@ def index(name: str, scratch: Path, rounds: int) -> Iterator[dict[str, Any]]:
     if tree is None:
         return
     blob = scratch / "million"
-    run([*ESTARGZ, "build", "--quiet", str(tree.path), "-o", str(blob)])
+    run([*estargz_command(), "build", "--quiet", str(tree.path), "-o", str(blob)])
     first = next(str(path.relative_to(tree.path)) for path in tree.path.rglob("*") if path.is_file())
     ways = [
         Way("estargz.open and lookup", lambda: run([sys.executable, "-c", OPEN, str(blob), first])),
@@ -194,9 +205,10 @@ def index(name: str, scratch: Path, rounds: int) -> Iterator[dict[str, Any]]:
 def lazy(name: str, scratch: Path, rounds: int) -> Iterator[dict[str, Any]]:
     """What is fetched from a registry to list a layer, read a small file of it, and fetch what its landmark says."""
     import registry as registries
+    from estargz.reading.cache import CachedSource
+    from estargz.reading.http import HttpSource
 
     import estargz
-    from estargz.reading.http import HttpSource
 
     if why := available("docker-registry"):
         print(f"reading lazily: {why}", file=sys.stderr)
@@ -217,7 +229,10 @@ def lazy(name: str, scratch: Path, rounds: int) -> Iterator[dict[str, Any]]:
             found = []
             for _ in range(rounds):
                 started = time.perf_counter()
-                with estargz.open(url, toc_digest=layer.toc_digest) as opened:
+                with (
+                    CachedSource(HttpSource(url)) as source,
+                    estargz.open(source, toc_digest=layer.toc_digest) as opened,
+                ):
                     if what == "list every entry":
                         assert len(list(opened.toc)) > 0
                     elif what == "read a 10 KB file":
@@ -226,7 +241,7 @@ def lazy(name: str, scratch: Path, rounds: int) -> Iterator[dict[str, Any]]:
                         opened.prefetch()
                         if what != "prefetch":
                             assert all(opened.read(path) == (tree.path / path).read_bytes() for path in hot)
-                    found.append((time.perf_counter() - started, opened.fetched, opened.requests))
+                    found.append((time.perf_counter() - started, source.fetched, source.requests))
             rows.append(row(what, found))
         found = []
         for _ in range(rounds):
@@ -235,8 +250,9 @@ def lazy(name: str, scratch: Path, rounds: int) -> Iterator[dict[str, Any]]:
                 shutil.copyfileobj(answer, out, 1 << 20)
             found.append((time.perf_counter() - started, layer.size, 1))
         rows.append(row("download the blob", found))
-        assert HttpSource
-    print(f"\nA layer of {name} ({layer.size / MB:.0f} MB) in docker-registry, {layer.prefetch_size} bytes prioritised\n")
+    print(
+        f"\nA layer of {name} ({layer.size / MB:.0f} MB) in docker-registry, {layer.prefetch_size} bytes prioritised\n"
+    )
     print("| to | seconds | bytes fetched | of the blob | requests |\n|---|---|---|---|---|")
     for one in rows:
         part = one["fetched"] / layer.size
