@@ -7,6 +7,7 @@ EstargzError                the base; ``exit_code`` is what the command line ret
 |   `-- TarError            a malformed or unsupported tar stream
 |-- SinkError               the output could not be written (also an OSError)
 `-- BlobError               a blob that is not what it claims to be
+    |-- RangeError          a server that does not give the asked bytes of a blob (also an OSError)
     `-- VerificationError   a digest, size or entry that does not match
 """
 
@@ -18,6 +19,7 @@ __all__ = [
     "BlobError",
     "ChangedError",
     "EstargzError",
+    "RangeError",
     "SinkError",
     "SourceError",
     "TarError",
@@ -56,6 +58,17 @@ class SinkError(EstargzError, OSError):
 
 class BlobError(EstargzError):
     """A blob whose footer, table of contents or members are malformed."""
+
+
+class RangeError(BlobError, OSError):
+    """A server that does not give the bytes of a blob that it is asked for.
+
+    status:  the status of its answer; None when there was none
+    url:     what was asked, without credentials and query
+    """
+
+    status: int | None = None
+    url: str = ""
 
 
 class VerificationError(BlobError):
