@@ -413,6 +413,8 @@ def _on_disk(size: int) -> int:
 
 def _make_room(directory: Path, limit: int, size: int) -> int:
     """Evicts the oldest files of all blobs until ``size`` bytes fit; how much may be written until the next look."""
+    if size > limit:
+        return 0
     files = []
     now = time.time()
     with suppress(OSError), os.scandir(directory) as entries:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import NamedTuple, Self, TypeVar
@@ -135,7 +136,7 @@ class HttpSource:
         self._executor: ThreadPoolExecutor | None = None
         self._starting = threading.Lock()
         self._closed = threading.Event()
-        self._sleep = sleep or self._closed.wait
+        self._sleep = self._closed.wait if sleep is None else sleep
         self._pools = _Pools(parallel, ca_file, pool)
         self._tail = tail
         self._kept: bytes | None = None
@@ -385,7 +386,7 @@ class HttpSource:
         if hops > MAX_REDIRECTS:
             raise _Failure(f"more than {MAX_REDIRECTS} redirects", "the server sends around in circles", status)
         try:
-            url, auth = _parse(urljoin(place.url.url, location))
+            url, auth = _parse(location, place.url.url)
         except ValueError as error:
             raise _Failure(f"redirects to a URL that {error}", "the server is faulty", status) from None
         if auth is not None:
@@ -519,6 +520,8 @@ def _content_range(response: BaseHTTPResponse) -> tuple[int, int, int | None]:
     if response.headers.get("Content-Type", "").lower().startswith("multipart/"):
         raise _Failure("answered in several parts, though one range was asked", "the server is faulty", status)
     text = response.headers.get("Content-Range", "")
+    if text == "bytes 0--1/0":  # what Go's servers say of a blob without bytes
+        return 0, 0, 0
     match = _CONTENT_RANGE.fullmatch(text.strip())
     if match is None or match[1] is None:
         raise _Failure(_printable(f"answered with the Content-Range {text!r}"), "the server is faulty", status)
@@ -554,14 +557,13 @@ def _retry_after(response: BaseHTTPResponse) -> float | None:
 
 def _let_go(response: BaseHTTPResponse) -> None:
     """Keeps the connection when nothing is left on it, or so little that one read takes it; else closes it."""
-    try:
-        if response.length_remaining and response.length_remaining <= _SMALL_BODY and response.status in _CHEAP:
+    left = response.length_remaining
+    with suppress(HTTPError):
+        if response.status in _CHEAP and left is not None and left <= _SMALL_BODY:
             response.read1(_SMALL_BODY)
-    except HTTPError:
-        pass
-    if response.length_remaining != 0:
+    if not response.closed:
         response.close()
-    response.release_conn()
+        response.release_conn()
 
 
 _CHEAP = _REDIRECTS | {401}
@@ -595,12 +597,15 @@ def _own_url(url: str, headers: Mapping[str, str] | None) -> tuple[Url, dict[str
     return parsed, own
 
 
-def _parse(text: str) -> tuple[Url, str | None]:
-    """A URL and its userinfo. Parsed by what will connect to it, lest the two disagree on the host. Raises ValueError."""
+def _parse(text: str, base: str = "") -> tuple[Url, str | None]:
+    """A URL, which may be relative to ``base``, and its userinfo. Raises ValueError.
+
+    It is taken apart by what will connect to it, lest the two disagree on the host.
+    """
     if _UNPRINTABLE.search(text):
         raise ValueError("holds spaces or control characters")
     try:
-        url = parse_url(text)
+        url = parse_url(urljoin(base, text) if base else text)
     except ValueError:
         raise ValueError("is malformed") from None
     if url.scheme not in ("http", "https"):
