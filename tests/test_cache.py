@@ -135,10 +135,10 @@ def test_sizes_and_names() -> None:
 def test_blocks_are_fetched_once() -> None:
     source = Ranges()
     cache = cached(source)
-    for offset in range(0, 2500, 100):
+    for offset in range(2900, 0, -100):
         assert cache.read_at(offset, 100) == SMALL[offset : offset + 100]
-    assert source.asked == [(0, 1000), (1000, 1000), (2000, 1000)]
-    assert (cache.requests, cache.fetched, cache.hits) == (3, 3000, 22)
+    assert source.asked == [(2000, 1000), (1000, 1000), (0, 1000)]
+    assert (cache.requests, cache.fetched, cache.hits) == (3, 3000, 26)
 
 
 def test_neighbours_are_one_range_up_to_a_size() -> None:
@@ -172,6 +172,26 @@ def test_a_block_that_is_there_is_fetched_along_rather_than_asking_twice() -> No
     assert source.asked == [(1000, 1000), (0, 1000), (2000, 1000)]
 
 
+def test_reading_on_fetches_ever_more_ahead() -> None:
+    source = Ranges(random.Random(6).randbytes(40_500))
+    cache = cached(source, max_range=8000)
+    cache.read_at(20_000, 1000)
+    found = b"".join(cache.read_at(offset, 300) for offset in range(0, 40_500, 300))
+    assert found == source.data
+    sizes = [(0, 1000), (1000, 2000), (3000, 4000), (7000, 8000), (15_000, 5000)]  # up to what is there already
+    assert source.asked == [(20_000, 1000), *sizes, (21_000, 2000), (23_000, 4000), (27_000, 8000), (35_000, 5500)]
+
+
+def test_several_readers_read_on() -> None:
+    source = Ranges()
+    cache = cached(source, max_range=8000)
+    for offset in range(0, 7000, 1000):
+        cache.read_ranges([(offset, 10)])
+        cache.read_ranges([(offset + 10_000, 10)])
+    spans = [(at + begin, size) for at in (0, 10_000) for begin, size in ((0, 1000), (1000, 2000), (3000, 4000))]
+    assert sorted(source.asked) == spans
+
+
 def test_prefetch() -> None:
     source = Ranges()
     cache = cached(source)
@@ -196,12 +216,12 @@ def test_prefetch_takes_no_more_than_there_is_room_for() -> None:
 def test_what_was_not_used_for_longest_goes_first() -> None:
     source = Ranges()
     cache = cached(source, memory=3999)  # three blocks
-    for offset in (0, 1000, 2000, 0, 3000):
+    for offset in (0, 2000, 4000, 0, 6000):
         cache.read_at(offset, 1)
     source.asked.clear()
-    for offset in (0, 2000, 3000, 1000):
+    for offset in (0, 4000, 6000, 2000):
         cache.read_at(offset, 1)
-    assert source.asked == [(1000, 1000)]
+    assert source.asked == [(2000, 1000)]
 
 
 def test_memory_is_bounded() -> None:
@@ -530,27 +550,32 @@ def test_a_directory_that_vanishes_or_is_full(tmp_path: Path, monkeypatch: pytes
 
 WRITER = """
 import random, sys
-sys.path[:0] = [sys.argv[2]]
-from test_cache import Ranges, on_disk
-from pathlib import Path
-data = random.Random(5).randbytes(400_000)
-cache = on_disk(Path(sys.argv[1]), Ranges(data), disk=512 << 10, memory=5000)
+from estargz.reading.cache import CachedSource
+
+class Ranges:
+    data = random.Random(5).randbytes(400_000)
+    size = len(data)
+    def read_at(self, offset, size):
+        return self.data[offset : offset + size]
+
 rng = random.Random()
-for _ in range(400):
-    at = rng.randrange(len(data))
-    assert cache.read_at(at, 3000) == data[at : at + 3000]
+options = {"block_size": 1000, "memory": 5000, "directory": sys.argv[1], "key": sys.argv[2], "disk": 512 << 10}
+cache = CachedSource(Ranges(), **options)
+for _ in range(300):
+    at = rng.randrange(400_000)
+    assert cache.read_at(at, 3000) == Ranges.data[at : at + 3000]
 """
 
 
 def test_several_processes_share_a_directory(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", WRITER, tmp_path, Path(__file__).parent]
+    command = [sys.executable, "-c", WRITER, tmp_path, KEY]
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(3)]
     peak = 0
     while any(process.poll() is None for process in processes):
         for path in tmp_path.iterdir():
             assert re.fullmatch(rf"{KEY}\.{BLOCK}\.\d+\.estargz|\..*\.tmp", path.name)
         peak = max(peak, taken(tmp_path))
-        time.sleep(0.01)
+        time.sleep(0.02)
     for process in processes:
         _, errors = process.communicate()
         assert process.returncode == 0, errors.decode()

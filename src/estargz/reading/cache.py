@@ -22,7 +22,11 @@ from estargz.reading.source import RangeReader
 
 __all__ = ["CachedSource"]
 
+# Of docker-registry, 150 files of a layer of 14,797 entries, at random: 141 requests and 6.6 MB with 32 KiB, 135 and 10.8 MB
+# with 64 KiB, 123 and 17.4 MB with 128 KiB, 111 and 30.3 MB with 256 KiB, in equal times.
+_BLOCK_SIZE = 1 << 16
 _WAVE = 1 << 25  # bytes that are fetched before what was read is put together
+_STREAMS = 16  # ends of runs that are remembered, to see that a reader goes on from one
 _PARALLEL = 8  # threads for a source that cannot read several ranges at once itself
 
 
@@ -39,7 +43,8 @@ class CachedSource:
     gap:         bytes between two missing blocks that are fetched along rather than asking twice
     max_range:   bytes of one range, at most; longer runs are fetched as several, side by side
 
-    A block that several threads want is fetched once. A file in ``directory`` that is damaged, cut or of another blob is as
+    A block that several threads want is fetched once. Where a read goes on from an earlier one, ever more is fetched ahead,
+    up to ``max_range``. A file in ``directory`` that is damaged, cut or of another blob is as
     good as none, and so is a directory that cannot be read or written later on. Its content is as trustworthy as whoever may
     write there: check what is read by its digest, and ``forget`` it if that is wrong.
 
@@ -55,7 +60,7 @@ class CachedSource:
         self,
         source: RangeReader,
         *,
-        block_size: int = 1 << 16,
+        block_size: int = _BLOCK_SIZE,
         memory: int = 64 << 20,
         directory: str | os.PathLike[str] | None = None,
         key: str | None = None,
@@ -81,6 +86,7 @@ class CachedSource:
         self._blocks: OrderedDict[int, bytes] = OrderedDict()
         self._held = 0
         self._flights: dict[int, Future[bytes]] = {}  # blocks that somebody fetches now
+        self._streams: OrderedDict[int, int] = OrderedDict()  # where a run ended: the number of its blocks
 
     def __enter__(self) -> Self:
         return self
@@ -244,6 +250,8 @@ class CachedSource:
             return {}
         runs = self._runs(missing)
         with self._lock:
+            if len(runs) == 1:
+                runs = [self._ahead(runs[0])]
             # What lies in the gaps between them comes along, and is kept unless it is here already.
             for run in runs:
                 for index in run:
@@ -270,6 +278,18 @@ class CachedSource:
             else:
                 runs.append(range(index, index + 1))
         return runs
+
+    def _ahead(self, run: range) -> range:
+        """A run that goes on where one ended before, made twice as long as that: somebody reads from front to back."""
+        wanted = min(2 * self._streams.pop(run.start, 0), self._run_blocks, self._memory // self._block_size // 2)
+        last = min(run.start + wanted, -(-self.size // self._block_size))
+        stop = run.stop
+        while stop < last and stop not in self._blocks and stop not in self._flights:
+            stop += 1
+        self._streams[stop] = stop - run.start
+        if len(self._streams) > _STREAMS:
+            self._streams.popitem(last=False)
+        return range(run.start, stop)
 
     def _land(self, mine: dict[int, Future[bytes]]) -> None:
         """Keeps what has come, but for what was forgotten meanwhile."""

@@ -313,7 +313,7 @@ class HttpSource:
         """Seconds before the next attempt; None when there shall be none."""
         if not failure.transient or attempt > self._retries:
             return None
-        pause = min(_BACKOFF * 2 ** (attempt - 1), _MAX_BACKOFF) * random.uniform(0.5, 1)
+        pause: float = min(_BACKOFF * 2 ** (attempt - 1), _MAX_BACKOFF) * random.uniform(0.5, 1)
         if failure.retry_after is not None:
             pause = max(pause, failure.retry_after)
         if pause > _MAX_RETRY_AFTER or time.monotonic() + pause > deadline:
