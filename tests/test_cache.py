@@ -204,9 +204,9 @@ def test_prefetch() -> None:
 def test_prefetch_takes_no_more_than_there_is_room_for() -> None:
     source = Ranges()
     cache = cached(source, memory=6000)
-    cache.prefetch([(0, 20_000)])
+    cache.prefetch([(9000, 2000), (0, 20_000)])
     assert cache.fetched == 6000
-    cache.read_at(0, 6000)
+    cache.read_ranges([(9000, 2000), (0, 4000)])
     assert cache.fetched == 6000
 
 

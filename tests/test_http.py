@@ -311,7 +311,7 @@ def test_size_that_cannot_be_learnt(server: Server, answer: Answer, message: str
 
 def test_wrong_tail(server: Server) -> None:
     server.script = [lambda exchange: exchange.good(Content_Range=f"bytes 5-{TAIL + 4}/{len(DATA)}")]
-    with pytest.raises(RangeError, match=f"answered with bytes 5-{TAIL + 4} of {len(DATA)}.*the last {TAIL} bytes"):
+    with pytest.raises(RangeError, match=f"answered with bytes 5-{TAIL + 4}, asked for the last {TAIL} bytes"):
         HttpSource(server.url, tail=TAIL)
 
 

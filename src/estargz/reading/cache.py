@@ -121,7 +121,7 @@ class CachedSource:
         """Fetch these (offset, size), which will be read soon, in the order given, as far as there is room for them."""
         room = self._room
         for wave in self._waves(ranges):
-            wanted = sorted({index for piece in wave for index in self._indexes(piece.begin, piece.end)})
+            wanted = list(dict.fromkeys(index for piece in wave for index in self._indexes(piece.begin, piece.end)))
             self._load(wanted[: room // self._block_size])
             room -= len(wanted) * self._block_size
             if room <= 0:
@@ -191,50 +191,54 @@ class CachedSource:
         while missing := [index for index in sorted(wanted) if index not in found]:
             mine: dict[int, Future[bytes]] = {}
             others: dict[int, Future[bytes]] = {}
-            with self._lock:
-                source = self._source
-                if source is None:
-                    raise UsageError(f"{self.name}: is closed")
-                for index in missing:
-                    if index in self._blocks:
-                        self._blocks.move_to_end(index)
-                        found[index] = self._blocks[index]
-                    elif index in self._flights:
-                        others[index] = self._flights[index]
-                    else:
-                        mine[index] = self._flights[index] = Future()
-                self.hits += len(missing) - len(mine)
-            # First what others may wait for, so that nobody waits in a circle.
-            found |= self._fill(source, mine)
+            try:
+                source = self._claim(missing, found, mine, others)
+                # First what others may wait for, so that nobody waits in a circle.
+                found |= self._bring(source, mine)
+            except BaseException as error:
+                _fail(mine, error)
+                raise
+            finally:
+                self._land(mine)
             for index, flight in others.items():
                 with suppress(CancelledError):  # whoever fetched it was interrupted: do it here
                     found[index] = flight.result()
         return found
 
-    def _fill(self, source: RangeReader, mine: dict[int, Future[bytes]]) -> dict[int, bytes]:
-        """Brings in the blocks that this thread has taken upon itself, and ends their flights, come what may."""
-        found: dict[int, bytes] = {}
-        try:
-            if self._disk is not None:
-                self._from_disk(self._disk, mine, found)
-            fresh = self._fetch(source, mine, [index for index in mine if index not in found])
-            found |= fresh
-            for index, flight in mine.items():
-                flight.set_result(found[index])
-            if self._disk is not None:
-                for index, data in fresh.items():
-                    self._disk.write(index, data)
-        except BaseException as error:
-            for flight in mine.values():
-                if flight.done():
-                    continue
-                if isinstance(error, Exception):
-                    flight.set_exception(error)
+    def _claim(
+        self,
+        missing: Sequence[int],
+        found: dict[int, bytes],
+        mine: dict[int, Future[bytes]],
+        others: dict[int, Future[bytes]],
+    ) -> RangeReader:
+        """Divides blocks into those in memory, those that others fetch, and those that nobody else fetches from now on."""
+        with self._lock:
+            if self._source is None:
+                raise UsageError(f"{self.name}: is closed")
+            for index in missing:
+                if index in self._blocks:
+                    self._blocks.move_to_end(index)
+                    found[index] = self._blocks[index]
+                elif index in self._flights:
+                    others[index] = self._flights[index]
                 else:
-                    flight.cancel()
-            raise
-        finally:
-            self._land(mine)
+                    mine[index] = self._flights[index] = Future()
+            self.hits += len(missing) - len(mine)
+            return self._source
+
+    def _bring(self, source: RangeReader, mine: dict[int, Future[bytes]]) -> dict[int, bytes]:
+        """The blocks of these flights, given to all who wait for them."""
+        found: dict[int, bytes] = {}
+        if self._disk is not None:
+            self._from_disk(self._disk, mine, found)
+        fresh = self._fetch(source, mine, [index for index in mine if index not in found])
+        found |= fresh
+        for index, flight in mine.items():
+            flight.set_result(found[index])
+        if self._disk is not None:
+            for index, data in fresh.items():
+                self._disk.write(index, data)
         return found
 
     def _from_disk(self, disk: _DiskBlocks, mine: dict[int, Future[bytes]], found: dict[int, bytes]) -> None:
@@ -309,6 +313,17 @@ class CachedSource:
         if self._disk is not None:
             for index in forgotten:
                 self._disk.remove(index)
+
+
+def _fail(flights: dict[int, Future[bytes]], error: BaseException) -> None:
+    """Ends what has not ended yet. An error is everybody's; to be interrupted is nobody else's affair."""
+    for flight in flights.values():
+        if flight.done():
+            continue
+        if isinstance(error, Exception):
+            flight.set_exception(error)
+        else:
+            flight.cancel()
 
 
 class _Piece(NamedTuple):

@@ -42,9 +42,10 @@ _BACKOFF = 0.25  # seconds before the first retry, twice as long before each fur
 _MAX_BACKOFF = 8.0
 _MAX_RETRY_AFTER = 60.0  # a server that asks for more is not waited for
 _PIECE = 1 << 18  # bytes that are read between two looks at the clock
-_SMALL_BODY = 1 << 14  # what may come with a redirect or a 401 without costing the connection
+_SMALL_BODY = 1 << 14  # bytes that are read and dropped to keep a connection
 
 _REDIRECTS = {301, 302, 303, 307, 308}
+_BRIEF = _REDIRECTS | {401}  # what may come before an answer, often with a few words
 _TRANSIENT = {408, 429, 500, 502, 503, 504}
 _NO_SUFFIX = {400, 405, 416, 501}  # how servers refuse "the last n bytes"
 _BROKEN = (NewConnectionError, ProtocolError, ProxyError, SSLError, TimeoutError)
@@ -235,9 +236,7 @@ class HttpSource:
             if total is not None and total != self.size:
                 raise _Failure(f"has {total} bytes instead of {self.size}", "it is another blob or was replaced", 206)
             if (begin, end) != span:
-                raise _Failure(
-                    f"answered with bytes {begin}-{end - 1}", "the server or a cache on the way is faulty", 206
-                )
+                raise _other_bytes(begin, end)
         return self._body(response, span.end - span.begin, deadline)
 
     def _take_tail(self, response: BaseHTTPResponse, deadline: float) -> tuple[int | None, bytes | None]:
@@ -255,7 +254,7 @@ class HttpSource:
         if total is None:
             return None, None
         if (begin, end) != (max(total - self._tail, 0), total):
-            raise _Failure(f"answered with bytes {begin}-{end - 1} of {total}", "the server is faulty", 206)
+            raise _other_bytes(begin, end)
         return total, self._body(response, end - begin, deadline)
 
     def _take_first(self, response: BaseHTTPResponse, deadline: float) -> int:
@@ -267,7 +266,7 @@ class HttpSource:
         if total is None:
             raise _Failure("does not say how large the blob is", "give its size", 206)
         if (begin, end) != (0, 1):
-            raise _Failure(f"answered with bytes {begin}-{end - 1}", "the server or a cache on the way is faulty", 206)
+            raise _other_bytes(begin, end)
         self._body(response, 1, deadline)
         return total
 
@@ -412,7 +411,7 @@ class HttpSource:
         origin = _origin(place.url)
         known = self._version
         if known is not None and known[0] == origin and known[1] != etag:
-            what = f"changed while it was read: its ETag was {known[1]} and is {etag!s}"
+            what = f"changed while it was read: its ETag was {known[1]} and is {etag}"
             raise _Failure(_printable(what), "open it again", response.status)
         self._version = origin, etag
 
@@ -462,6 +461,10 @@ class _Failure(Exception):
         self.what, self.remedy, self.status = what, remedy, status
         self.transient, self.retry_after = transient, retry_after
         self.place: _Place | None = None
+
+
+def _other_bytes(begin: int, end: int) -> _Failure:
+    return _Failure(f"answered with bytes {begin}-{end - 1}", "the server or a cache on the way is faulty", 206)
 
 
 def _ignores_ranges() -> _Failure:
@@ -559,14 +562,11 @@ def _let_go(response: BaseHTTPResponse) -> None:
     """Keeps the connection when nothing is left on it, or so little that one read takes it; else closes it."""
     left = response.length_remaining
     with suppress(HTTPError):
-        if response.status in _CHEAP and left is not None and left <= _SMALL_BODY:
+        if response.status in _BRIEF and left is not None and left <= _SMALL_BODY:
             response.read1(_SMALL_BODY)
     if not response.closed:
         response.close()
         response.release_conn()
-
-
-_CHEAP = _REDIRECTS | {401}
 
 
 # --------------------------------------------------------------------------------------------------------------------
