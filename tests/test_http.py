@@ -1193,7 +1193,7 @@ def test_a_source_passes_on_what_its_reader_knows() -> None:
     source = open_source(reader)
     assert source.read_ranges([(1, 2)]) == [DATA[1:3]]
     source.prefetch([(3, 4)])
-    source.forget(5, 6)
+    assert source.forget(5, 6)
     reader.excess = 1
     with pytest.raises(BlobError, match="3 bytes came for a range of 2; its reader is faulty"):
         source.read_ranges([(1, 2)])
@@ -1207,7 +1207,7 @@ def test_a_source_does_without(tmp_path: Path) -> None:
     for plain in (tmp_path / "x", DATA, io.BytesIO(DATA), Plain(DATA)):
         source = open_source(plain)  # type: ignore[arg-type]
         source.prefetch([(0, 10)])
-        source.forget(0, 10)
+        assert not source.forget(0, 10)
         assert source.read_ranges([(5, 10), (0, 3), (7, 0)]) == [DATA[5:15], DATA[:3], b""]
         with pytest.raises(BlobError, match="before its size"):
             source.read_ranges([(len(DATA) - 1, 2)])

@@ -104,11 +104,13 @@ class Source:
         if ahead is not None:
             ahead(ranges)
 
-    def forget(self, offset: int, size: int) -> None:
-        """These bytes were wrong: a reader that keeps them fetches them again when they are next read."""
+    def forget(self, offset: int, size: int) -> bool:
+        """These bytes were wrong: have them fetched anew when they are next read. False when nothing keeps any."""
         drop = getattr(self.ranges, "forget", None)
-        if drop is not None:
-            drop(offset, size)
+        if drop is None:
+            return False
+        drop(offset, size)
+        return True
 
     def close(self) -> None:
         if isinstance(self.kernel, int):
