@@ -15,7 +15,12 @@ import estargz
 from estargz import errors
 
 ROOT = Path(__file__).parent.parent
-MODULES = sorted(path.stem for path in (ROOT / "src" / "estargz").glob("*.py") if path.stem != "__init__")
+SOURCES = ROOT / "src" / "estargz"
+MODULES = sorted(
+    ".".join(path.relative_to(SOURCES).with_suffix("").parts)
+    for path in SOURCES.rglob("*.py")
+    if path.stem not in ("__init__", "__main__") and path.parent.name != "cli"
+)
 HANDLED_APART = {"EST_OK", "EST_NO_MEMORY", "EST_SINK"}  # success, MemoryError, the caller's own exception
 
 

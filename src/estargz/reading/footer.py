@@ -112,6 +112,7 @@ def read_toc(source: Source, footer: Footer, limit: int, wanted: str | None) -> 
     compressed = source.size - footer.size - footer.toc_offset
     if compressed > limit:
         raise _too_large(name, compressed, limit)
+    source.prefetch([(footer.toc_offset, compressed)])
     window = Window(source, footer.toc_offset, footer.toc_offset + compressed)
     pieces: deque[bytes] = deque()
     whole = hashlib.sha256()
