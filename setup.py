@@ -36,6 +36,7 @@ STAGES: dict[str, tuple[list[str], list[str]]] = {
     "_codec": (["libisal", "libdeflate"], []),
     "_inflate": (["libisal", "libzstd", "libcrypto"], []),
     "_index": ([], []),
+    "_record": ([], []),
 }
 
 

@@ -25,12 +25,15 @@ from estargz.layer import Layer
 if TYPE_CHECKING:
     from estargz.reading.blob import Blob, open
     from estargz.reading.verifying import Report, verify
+    from estargz.recording import Recorded, record
+    from estargz.writing.access_log import AccessLog, PathPattern, match, read_access_log
     from estargz.writing.building import build
     from estargz.writing.writer import Compressor, Writer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AccessLog",
     "Blob",
     "BlobError",
     "ChangedError",
@@ -38,6 +41,8 @@ __all__ = [
     "EstargzError",
     "Layer",
     "RangeError",
+    "PathPattern",
+    "Recorded",
     "Report",
     "SinkError",
     "SourceError",
@@ -46,18 +51,27 @@ __all__ = [
     "VerificationError",
     "Writer",
     "build",
+    "match",
     "open",
+    "read_access_log",
+    "record",
     "verify",
 ]
 
 # name -> module: the compiled stages are loaded with the first of these that is used
 _LAZY = {
+    "AccessLog": "estargz.writing.access_log",
     "Blob": "estargz.reading.blob",
     "Compressor": "estargz.writing.writer",
+    "PathPattern": "estargz.writing.access_log",
+    "Recorded": "estargz.recording",
     "Report": "estargz.reading.verifying",
     "Writer": "estargz.writing.writer",
     "build": "estargz.writing.building",
+    "match": "estargz.writing.access_log",
     "open": "estargz.reading.blob",
+    "read_access_log": "estargz.writing.access_log",
+    "record": "estargz.recording",
     "verify": "estargz.reading.verifying",
 }
 

@@ -24,6 +24,7 @@ _COMMANDS = {
     "cat": ("estargz.cli.cat", "Write a file of a blob to standard output, verified."),
     "info": ("estargz.cli.info", "Show a blob's sizes, digests and counts."),
     "ls": ("estargz.cli.ls", "List the entries of a blob."),
+    "record": ("estargz.cli.record", "Run a command and list the files that it opens."),
     "unpack": ("estargz.cli.unpack", "Write the tar inside a layer."),
     "verify": ("estargz.cli.verify", "Prove that a blob is what it claims to be."),
 }
