@@ -29,5 +29,7 @@ def command(command: tuple[str, ...], output: str, root: str, plain: bool, until
         for line in (plain_lines if plain else json_lines)(recorded.paths):
             sink.write(line)
     if recorded.unread:
-        click.echo(f"estargz: warning: {recorded.unread} opens could not be followed; their files are not listed", err=True)
+        click.echo(
+            f"estargz: warning: {recorded.unread} opens could not be followed; their files are missing", err=True
+        )
     return recorded.status

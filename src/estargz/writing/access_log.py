@@ -21,9 +21,11 @@ import json
 import os
 import posixpath
 import re
-from bisect import bisect_left
+from array import array
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import BinaryIO, Literal
 
 from estargz.errors import UsageError
@@ -66,15 +68,19 @@ class PathPattern:
     """The only name that matches, if there is but one."""
     prefix: str = field(init=False, repr=False)
     """What all names that match begin with."""
+    needle: str = field(init=False, repr=False)
+    """The longest text that is in all of them."""
     _regex: re.Pattern[str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         text = _clean(self.text)
-        fixed, rest = _literal_prefix(text)
+        regex = re.compile(_regex_of(text), re.DOTALL)
+        prefix, needle, fixed = _literals(text)
         object.__setattr__(self, "text", text)
-        object.__setattr__(self, "literal", None if rest else fixed)
-        object.__setattr__(self, "prefix", fixed)
-        object.__setattr__(self, "_regex", re.compile(_regex_of(text), re.DOTALL))
+        object.__setattr__(self, "literal", prefix if fixed else None)
+        object.__setattr__(self, "prefix", prefix)
+        object.__setattr__(self, "needle", needle)
+        object.__setattr__(self, "_regex", regex)
 
     def matches(self, name: str) -> bool:
         """Whether a name, cleaned and relative to the root, matches as a whole."""
@@ -101,29 +107,41 @@ def match_all(patterns: Iterable[str | PathPattern], names: Iterable[str]) -> li
         UsageError: one of ``patterns`` is no pattern.
     """
     compiled = [pattern if isinstance(pattern, PathPattern) else PathPattern(pattern) for pattern in patterns]
-    index = _NameIndex(dict.fromkeys(names))
+    places = {name: place for place, name in enumerate(names)}
+    if all(pattern.literal is not None for pattern in compiled):
+        return list(dict.fromkeys(pattern.literal for pattern in compiled if pattern.literal in places))
+    index = _NameIndex(places)
     return list(dict.fromkeys(name for pattern in compiled for name in index.matching(pattern)))
 
 
 class _NameIndex:
-    """Names that can be found by what they begin with."""
+    """Names that are found by what they begin with and what is in them; a pattern's regular expression sees only those."""
 
-    def __init__(self, names: dict[str, None]) -> None:
-        self._places = {name: place for place, name in enumerate(names)}
-        self._sorted: list[str] = []
+    def __init__(self, places: dict[str, int]) -> None:
+        self._places = places
+        self._sorted = sorted(places)
+        self._text = "\0".join(self._sorted) + "\0"
+        self._starts = array("q", accumulate(map(len, self._sorted), lambda start, size: start + size + 1, initial=0))
 
     def matching(self, pattern: PathPattern) -> list[str]:
         """In the names' own order."""
         if pattern.literal is not None:
             return [pattern.literal] if pattern.literal in self._places else []
-        fits = pattern._regex.fullmatch
-        if not pattern.prefix:
-            return [name for name in self._places if fits(name)]
-        self._sorted = self._sorted or sorted(self._places)
+        return sorted(filter(pattern._regex.fullmatch, self._candidates(pattern)), key=self._places.__getitem__)
+
+    def _candidates(self, pattern: PathPattern) -> Iterator[str]:
         prefix, size = pattern.prefix, len(pattern.prefix)
         first = bisect_left(self._sorted, prefix)
         last = bisect_left(self._sorted, True, lo=first, key=lambda name: name[:size] > prefix)
-        return sorted(filter(fits, self._sorted[first:last]), key=self._places.__getitem__)
+        if not pattern.needle or pattern.needle in prefix:
+            yield from self._sorted[first:last]
+            return
+        end = self._starts[last]
+        found = self._text.find(pattern.needle, self._starts[first], end)
+        while found >= 0:
+            index = bisect_right(self._starts, found) - 1
+            yield self._sorted[index]
+            found = self._text.find(pattern.needle, self._starts[index + 1], end)
 
 
 def escape(path: str) -> str:
@@ -142,14 +160,24 @@ def _clean(path: str) -> str:
     return posixpath.normpath("/" + path.lstrip("/"))[1:]
 
 
-def _literal_prefix(text: str) -> tuple[str, str]:
-    """What a pattern begins with, unescaped, and what follows from its first special character on."""
-    special = re.match(r"(?:[^\\*?[]|\\.)*", text, re.DOTALL)
-    at = special.end() if special else 0
-    return re.sub(r"\\(.)", r"\1", text[:at], flags=re.DOTALL), text[at:]
+_TOKEN = re.compile(
+    r"\\(?P<escaped>.)|(?P<star>\*+)|(?P<any>\?)|(?P<set>\[[!^]?\]?(?:\\.|[^\]\\])*\])|(?P<plain>.)", re.DOTALL
+)
 
 
-_TOKEN = re.compile(r"\\(?P<escaped>.)|(?P<star>\*+)|(?P<any>\?)|(?P<set>\[[!^]?\]?(?:\\.|[^\]\\])*\])|(?P<plain>.)", re.DOTALL)
+def _literals(text: str) -> tuple[str, str, bool]:
+    """What a pattern begins with, its longest piece within a component, and whether that beginning is all of it."""
+    pieces = [""]
+    prefix, fixed = "", True
+    for token in _TOKEN.finditer(text):
+        char = token["escaped"] or token["plain"]
+        fixed = fixed and char is not None
+        if char is None or char == "/":
+            pieces.append("")
+        else:
+            pieces[-1] += char
+        prefix += char if fixed and char else ""
+    return prefix, max(pieces, key=len), fixed
 
 
 def _regex_of(text: str) -> str:
@@ -201,11 +229,12 @@ def _set(inside: str, text: str) -> str:
     if "[:" in inside or "[." in inside or "[=" in inside:
         raise _bad(text, "named character classes are not known", "list the characters")
     chars = re.findall(r"\\.|.", inside[negated:], re.DOTALL)
-    members = "".join("-" if char == "-" and 0 < at < len(chars) - 1 else re.escape(char[-1]) for at, char in enumerate(chars))
+    middle = range(1, len(chars) - 1)
+    members = "".join("-" if char == "-" and at in middle else re.escape(char[-1]) for at, char in enumerate(chars))
     try:
         re.compile(f"[{members}]")
     except re.error as error:
-        raise _bad(text, f"[{inside}] is no set of characters: {error}", "put the lower end of a range first") from error
+        raise _bad(text, f"[{inside}] is no set of characters", "put the lower end of a range first") from error
     return f"[^/{members}]" if negated else f"(?!/)[{members}]"
 
 
@@ -315,7 +344,8 @@ _LINE = re.compile(
     | \+\+\+\s(?P<end>.*)\s\+\+\+ | ---\s.*\s---)""",
     re.VERBOSE | re.DOTALL,
 )
-_ATTACHED = re.compile(rb"strace: Process (\d+) attached")
+# also in the middle of a call's line, which the next one ends
+_ATTACHED = re.compile(rb"strace: Process (\d+) attached$")
 _UNFINISHED = b"<unfinished ...>"
 _SURELY_STRACE = re.compile(rb"<unfinished \.\.\.>$|\)\s+= (?:-?\d|\?|0x)|\+\+\+$|---$")
 
@@ -353,13 +383,18 @@ class _Strace:
         self._folders: dict[bytes, list[bytes | None]] = {}  # pid -> working directory, shared by threads
         self._unfinished: dict[bytes, tuple[bytes, bytes]] = {}  # pid -> call, first part of its arguments
         self._new: set[bytes] = set()  # processes whose parents are not known yet
+        self._announces = False  # whether strace tells of new processes, so that others are old ones
+        self._begun = b""  # a line that such news broke off
 
     def path_of(self, line: bytes) -> bytes | None:
         """The path of what the line says was executed or opened for reading; None for anything else."""
-        if attached := _ATTACHED.match(line):
+        if attached := _ATTACHED.search(line):
             self._new.add(attached[1])
+            self._announces = True
+            self._begun += line[: attached.start()]
             return None
-        parts = _LINE.match(line)
+        parts = _LINE.match(self._begun + line)
+        self._begun = b""
         if parts is None:
             return None  # what the command itself wrote in between
         pid = parts["pid"] or parts["bare_pid"] or b""
@@ -378,7 +413,10 @@ class _Strace:
             self._folder(pid)
             self._unfinished[pid] = call, rest.removesuffix(_UNFINISHED).rstrip()
             return None
-        return self._opened(pid, call, rest) if call in _OPENS else self._moved(pid, call, rest)
+        if call in _OPENS:
+            return self._opened(pid, call, rest)
+        self._moved(pid, call, rest)
+        return None
 
     def _end(self, pid: bytes, how: bytes) -> None:
         """A process that is gone; a thread that executes takes over the number of its process."""
@@ -388,7 +426,8 @@ class _Strace:
             self._folders.pop(taken[1], None)
         else:
             self._unfinished.pop(pid, None)
-            self._folders.pop(pid, None)
+            if self._folders.pop(pid, None) is self._folders.get(b""):
+                self._folders.pop(b"", None)
 
     def _folder(self, pid: bytes) -> list[bytes | None]:
         """Where a process is. One that is new is where its parent is, if there is but one that it can be."""
@@ -398,13 +437,13 @@ class _Strace:
 
     def _folder_of_new(self, pid: bytes) -> list[bytes | None]:
         forking = [parent for parent, (call, _) in self._unfinished.items() if call in _FORKS]
-        others = [folder for other, folder in self._folders.items() if other != pid]
+        others = {id(folder): folder for folder in self._folders.values()}
         if not others and not self._new:
             return self._start  # the first one
-        if pid and pid not in self._new and b"" in self._folders:
+        if pid and self._announces and pid not in self._new and b"" in self._folders:
             return self._folders[b""]  # it had no number on its lines as long as it was alone
         if not pid and len(others) == 1:
-            return others[0]  # and has none again
+            return next(iter(others.values()))  # and has none again
         if len(forking) == 1:
             folder = self._folders[forking[0]]
             return folder if b"CLONE_FS" in self._unfinished[forking[0]][1] else list(folder)
@@ -449,8 +488,8 @@ class _Strace:
                 folder[0] = base = folder[0] if parts["base"] is None else _unescape(parts["base"])
             else:
                 base = None if parts["base"] is None else _unescape(parts["base"])
-        path = _unescape(parts["path"])
-        path = base if not path and call == b"execveat" else _join(base, path)
+        written = _unescape(parts["path"])
+        path = base if not written and call == b"execveat" else _join(base, written)
         if path is None or parts["cut"] or not path.startswith(b"/"):
             self.unresolved += 1
             return None
@@ -497,6 +536,6 @@ def _unescape(text: bytes) -> bytes:
 def _kind_of(line: bytes) -> Kind:
     if line.startswith(b"{"):
         return "json"
-    if _ATTACHED.match(line) or (_LINE.match(line) and _SURELY_STRACE.search(line)):
+    if _ATTACHED.search(line) or (_LINE.match(line) and _SURELY_STRACE.search(line)):
         return "strace"
     return "plain"
