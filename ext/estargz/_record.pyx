@@ -632,7 +632,8 @@ def run(
         command.programs = strings_of(programs)
         command.arguments = strings_of(arguments)
         command.environment = strings_of(environment)
-        command.folder = NULL if folder is None else <const char *>folder
+        if folder is not None:
+            command.folder = folder
         command.mask = &before
         if adopt_orphans:
             prctl(PR_GET_CHILD_SUBREAPER, &was_adopting)
