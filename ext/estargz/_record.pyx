@@ -6,7 +6,7 @@ kernel itself, from the calling thread's own working directory, directory handle
 """
 
 from cpython.exc cimport PyErr_CheckSignals, PyErr_SetFromErrno
-from libc.errno cimport EINTR, ELOOP, ENOSYS, EPERM, errno
+from libc.errno cimport EACCES, EINTR, ELOOP, ENOSYS, EPERM, errno
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
@@ -377,7 +377,7 @@ cdef bint read_path(recorder *r, est_call *call, uint64_t address, char *path) n
     """The call's path. False when there is none that the call could use."""
     cdef ssize_t size = est_peek(call.thread, address, path, PATH_LIMIT)
     if size < 0:
-        r.unread += (errno == EPERM or errno == ENOSYS) and est_still_waits(r.listener, call.id)
+        r.unread += (errno == EPERM or errno == EACCES or errno == ENOSYS) and est_still_waits(r.listener, call.id)
         return False
     return memchr(path, 0, size) != NULL
 
