@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import pty
 import shutil
 import signal
 import socket
@@ -391,10 +392,12 @@ def test_environment(tree: Path) -> None:
 
 def test_the_command_is_like_any_other(tree: Path) -> None:
     """Signals, descriptors, process group and limits are those that an ordinary start gives."""
-    code = (
-        "import os; lines = [l for l in open('/proc/self/status') if l[:4] in ('SigB', 'SigI', 'SigC', 'CapE', 'CapB', 'Uid:', 'Thre')];"
-        "print(''.join(lines), sorted(os.listdir('/proc/self/fd')), os.getpgrp(), os.getsid(0), os.getcwd(), os.umask(0))"
-    )
+    code = """
+import os
+kept = ('SigB', 'SigI', 'SigC', 'CapE', 'CapB', 'Uid:', 'Thre')
+print([line for line in open('/proc/self/status') if line[:4] in kept])
+print(sorted(os.listdir('/proc/self/fd')), os.getpgrp(), os.getsid(0), os.getcwd(), os.umask(0))
+"""
     command = [sys.executable, "-S", "-c", code]
     # preexec_fn keeps glibc's posix_spawn away, which ignores two signals of its own
     plain = subprocess.run(command, stdout=subprocess.PIPE, check=True, close_fds=False, preexec_fn=int)
@@ -634,6 +637,41 @@ def test_signals_are_passed_on(tree: Path, gate: Path, number: signal.Signals) -
 
 
 @pytest.mark.timeout(60)
+def test_a_terminal_interrupts_the_command_once(tree: Path) -> None:
+    """The terminal tells everybody in its foreground; the recorder must not tell the command again."""
+    code = """
+import signal
+count = 0
+def interrupted(number, frame):
+    global count
+    count += 1
+    print('interrupted', flush=True)
+signal.signal(signal.SIGINT, interrupted)
+print('ready', flush=True)
+while input() != 'end':
+    pass
+print(f'{count} times')
+"""
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(COMMAND[0], [*COMMAND, "-o", str(tree / "list"), sys.executable, "-S", "-c", code])
+    output = b""
+
+    def seen(text: bytes) -> bool:
+        nonlocal output
+        output += os.read(terminal, 1000)
+        return text in output
+
+    wait_for(lambda: seen(b"ready"))
+    os.write(terminal, b"\x03")
+    wait_for(lambda: seen(b"interrupted"))
+    os.write(terminal, b"end\n")
+    wait_for(lambda: seen(b"1 times"))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    os.close(terminal)
+
+
+@pytest.mark.timeout(60)
 def test_a_signal_ends_the_command(tree: Path) -> None:
     with waiting(tree, "cat a; : > ready; exec sleep 1000") as process:
         process.terminate()
@@ -794,6 +832,7 @@ def test_outputs_that_cannot_be_written(tree: Path) -> None:
     assert not (tree / "ran").exists()
     assert b"standard output belongs to the command" in run("-o", "-", "true").stderr
     assert run("true").returncode == 2
+    assert b"No such option" in run("--nonsense", "-o", tree / "list", "true").stderr
     assert run("-o", tree / "list").returncode == 2
 
 

@@ -618,7 +618,7 @@ def run(
     cdef est_command command
     cdef sigset_t before
     cdef int reason = 0
-    cdef int was_adopting = 0
+    cdef int was_adopting = 0       # PR_SET_CHILD_SUBREAPER before
     memset(&r, 0, sizeof(r))
     memset(&command, 0, sizeof(command))
     r.listener = r.channel = r.process = r.signals = r.status = -1
@@ -628,6 +628,9 @@ def run(
         return [], 0, 0, NO_FILTER, ENOSYS
     if est_place_of("/", &r.place) < 0:
         PyErr_SetFromErrno(OSError)
+    if adopt_orphans:
+        prctl(PR_GET_CHILD_SUBREAPER, &was_adopting)
+        prctl(PR_SET_CHILD_SUBREAPER, 1)
     try:
         command.programs = strings_of(programs)
         command.arguments = strings_of(arguments)
@@ -635,9 +638,6 @@ def run(
         if folder is not None:
             command.folder = folder
         command.mask = &before
-        if adopt_orphans:
-            prctl(PR_GET_CHILD_SUBREAPER, &was_adopting)
-            prctl(PR_SET_CHILD_SUBREAPER, 1)
         with nogil:
             if not start(&r, &command):
                 reason = errno
@@ -651,8 +651,6 @@ def run(
                     pthread_sigmask(SIG_SETMASK, &before, NULL)
         elif r.command > 0:
             finish(&r)
-        if adopt_orphans:
-            prctl(PR_SET_CHILD_SUBREAPER, was_adopting)
         if r.no_memory:
             raise MemoryError
         if reason or r.sys_errno:
@@ -660,6 +658,8 @@ def run(
             PyErr_SetFromErrno(OSError)
         return paths_of(&r), r.status, r.unread, r.trouble.stage, r.trouble.sys_errno
     finally:
+        if adopt_orphans:
+            prctl(PR_SET_CHILD_SUBREAPER, was_adopting)
         close_kept(&r.signals)
         free(command.programs)
         free(command.arguments)

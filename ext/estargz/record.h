@@ -249,7 +249,8 @@ static inline void est_wake_together(int listener) {
 static inline int est_next_call(int listener, est_call *call) {
     est_packet packet;
     memset(&packet, 0, sizeof packet);
-    if (ioctl(listener, SECCOMP_IOCTL_NOTIF_RECV, &packet)) return errno == ENOENT || errno == EINTR ? 0 : -1;
+    if (ioctl(listener, SECCOMP_IOCTL_NOTIF_RECV, &packet))
+        return errno == ENOENT || errno == EINTR || errno == ENOTCONN ? 0 : -1; /* ENOTCONN: the last process has gone */
     call->id = packet.notice.id;
     call->thread = (int)packet.notice.pid;
     call->call = packet.notice.data.nr;

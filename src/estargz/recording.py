@@ -36,7 +36,8 @@ class Recorded:
     any file, and only what it leads to has content to fetch. Bytes that are no UTF-8 are surrogate escapes (PEP 383).
     """
     status: int
-    """The command's exit status; 128 and the signal's number when a signal ended it."""
+    """The command's exit status; 128 and the signal's number when a signal ended it; 255 when another part of this process
+    took it, or SIGCHLD is ignored."""
     unread: int = 0
     """Calls whose files are not known, because their process may not be looked into or their path leads through another
     process's descriptors."""

@@ -9,7 +9,7 @@ from estargz.recording import json_lines, plain_lines, record
 from estargz.writing.sink import open_sink
 
 
-@click.command("record", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.command("record", context_settings={"allow_interspersed_args": False})
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="COMMAND [ARGUMENT]...")
 @click.option("-o", "--output", required=True, metavar="FILE", help="File to write; the streams are the command's.")
 @click.option("--root", default="/", metavar="DIR", help="List only what lies in DIR, relative to it.  [/]")
