@@ -35,6 +35,9 @@ __all__ = ["AccessLog", "PathPattern", "escape", "match", "match_all", "plain_li
 LINE_LIMIT = 1 << 20
 """Bytes of one line. A path has 4096, which strace may write in four characters each; arguments come on top."""
 
+PATTERN_LIMIT = 1 << 14
+"""Characters of a pattern with wildcards: four times a path's."""
+
 Kind = Literal["json", "strace", "plain"]
 
 
@@ -70,21 +73,20 @@ class PathPattern:
     """What all names that match begin with."""
     needle: str = field(init=False, repr=False)
     """The longest text that is in all of them."""
-    _regex: re.Pattern[str] = field(init=False, repr=False, compare=False)
+    _regex: re.Pattern[str] | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         text = _clean(self.text)
-        regex = re.compile(_regex_of(text), re.DOTALL)
         prefix, needle, fixed = _literals(text)
         object.__setattr__(self, "text", text)
         object.__setattr__(self, "literal", prefix if fixed else None)
         object.__setattr__(self, "prefix", prefix)
         object.__setattr__(self, "needle", needle)
-        object.__setattr__(self, "_regex", regex)
+        object.__setattr__(self, "_regex", None if fixed else re.compile(_regex_of(text), re.DOTALL))
 
     def matches(self, name: str) -> bool:
         """Whether a name, cleaned and relative to the root, matches as a whole."""
-        return self._regex.fullmatch(name) is not None
+        return name == self.literal if self._regex is None else self._regex.fullmatch(name) is not None
 
 
 def match(pattern: str | PathPattern, names: Iterable[str]) -> list[str]:
@@ -94,10 +96,7 @@ def match(pattern: str | PathPattern, names: Iterable[str]) -> list[str]:
         UsageError: ``pattern`` is no pattern.
     """
     compiled = pattern if isinstance(pattern, PathPattern) else PathPattern(pattern)
-    if compiled.literal is not None:
-        return [name for name in names if name == compiled.literal]
-    fits = compiled._regex.fullmatch
-    return [name for name in names if fits(name)]
+    return list(filter(compiled.matches, names))
 
 
 def match_all(patterns: Iterable[str | PathPattern], names: Iterable[str]) -> list[str]:
@@ -127,7 +126,7 @@ class _NameIndex:
         """In the names' own order."""
         if pattern.literal is not None:
             return [pattern.literal] if pattern.literal in self._places else []
-        return sorted(filter(pattern._regex.fullmatch, self._candidates(pattern)), key=self._places.__getitem__)
+        return sorted(filter(pattern.matches, self._candidates(pattern)), key=self._places.__getitem__)
 
     def _candidates(self, pattern: PathPattern) -> Iterator[str]:
         prefix, size = pattern.prefix, len(pattern.prefix)
@@ -161,31 +160,38 @@ def _clean(path: str) -> str:
 
 
 _TOKEN = re.compile(
-    r"\\(?P<escaped>.)|(?P<star>\*+)|(?P<any>\?)|(?P<set>\[[!^]?\]?(?:\\.|[^\]\\])*\])|(?P<plain>.)", re.DOTALL
+    r"\\(?P<escaped>[^/])|(?P<star>\*+)|(?P<any>\?)|(?P<set>\[[!^]?\]?(?:\\[^/]|[^\]\\/])*\])|(?P<plain>[^\\*?[/]+|.)",
+    re.DOTALL,
 )
 
 
 def _literals(text: str) -> tuple[str, str, bool]:
     """What a pattern begins with, its longest piece within a component, and whether that beginning is all of it."""
-    pieces = [""]
-    prefix, fixed = "", True
+    pieces: list[list[str]] = [[]]
+    prefix: list[str] = []
+    fixed = True
     for token in _TOKEN.finditer(text):
-        char = token["escaped"] or token["plain"]
-        fixed = fixed and char is not None
-        if char is None or char == "/":
-            pieces.append("")
+        plain = token["escaped"] or token["plain"]
+        if token["plain"] in ("[", "\\"):
+            raise _bad(text, f"{plain} has no end", f"write \\{plain} for the character itself")
+        fixed = fixed and plain is not None
+        if fixed:
+            prefix.append(plain)
+        if plain is None or plain == "/":
+            pieces.append([])
         else:
-            pieces[-1] += char
-        prefix += char if fixed and char else ""
-    return prefix, max(pieces, key=len), fixed
+            pieces[-1].append(plain)
+    return "".join(prefix), max(map("".join, pieces), key=len), fixed
 
 
 def _regex_of(text: str) -> str:
-    """The regular expression of a clean pattern.
+    """The regular expression of a clean pattern with wildcards.
 
     A wildcard that another one follows settles for its first fit (an atomic group): the later one takes whatever is left,
     and no pattern takes time that grows faster than its length times the name's squared.
     """
+    if len(text) > PATTERN_LIMIT:
+        raise _bad(text[:100] + "...", f"it is longer than {PATTERN_LIMIT} characters", "split it")
     runs: list[list[str]] = [[]]
     for component in text.split("/"):
         if component != "**":
@@ -200,28 +206,22 @@ def _regex_of(text: str) -> str:
 
 
 def _component(component: str, text: str) -> str:
-    parts = [""]
-    at = 0
-    while at < len(component):
-        token = _TOKEN.match(component, at)
-        assert token is not None  # the last alternative takes any character
-        at = token.end()
+    parts: list[list[str]] = [[]]
+    for token in _TOKEN.finditer(component):
         if token["star"]:
             if len(token["star"]) > 1:
                 raise _bad(text, "** stands alone between slashes", "write * within a component, or /**/")
-            parts.append("")
+            parts.append([])
         elif token["any"]:
-            parts[-1] += "[^/]"
+            parts[-1].append("[^/]")
         elif token["set"]:
-            parts[-1] += _set(token["set"][1:-1], text)
-        elif token["plain"] in ("[", "\\"):
-            raise _bad(text, f"{token['plain']} has no end", f"write \\{token['plain']} for the character itself")
+            parts[-1].append(_set(token["set"][1:-1], text))
         else:
-            parts[-1] += re.escape(token["escaped"] or token["plain"])
-    if len(parts) == 1:
-        return parts[0]
-    first, *middle, last = parts
-    return first + "".join(f"(?>[^/]*?{part})" for part in middle) + f"[^/]*{last}"
+            parts[-1].append(re.escape(token["escaped"] or token["plain"]))
+    first, *later = ["".join(part) for part in parts]
+    if not later:
+        return first
+    return first + "".join(f"(?>[^/]*?{part})" for part in later[:-1]) + f"[^/]*{later[-1]}"
 
 
 def _set(inside: str, text: str) -> str:
@@ -391,7 +391,7 @@ class _Strace:
         if attached := _ATTACHED.search(line):
             self._new.add(attached[1])
             self._announces = True
-            self._begun += line[: attached.start()]
+            self._begun = (self._begun + line[: attached.start()])[-LINE_LIMIT:]
             return None
         parts = _LINE.match(self._begun + line)
         self._begun = b""
@@ -536,6 +536,6 @@ def _unescape(text: bytes) -> bytes:
 def _kind_of(line: bytes) -> Kind:
     if line.startswith(b"{"):
         return "json"
-    if _ATTACHED.search(line) or (_LINE.match(line) and _SURELY_STRACE.search(line)):
+    if _ATTACHED.match(line) or (_LINE.match(line) and _SURELY_STRACE.search(line)):
         return "strace"
     return "plain"
