@@ -37,6 +37,7 @@ cdef class LayerBuilder:
     cdef bint pieces_begun
     cdef bint in_use
     cdef public str input_name
+    cdef int64_t landmark_row       # of the landmark that ends the prefetch range; -1: none
     cdef int take(self) except -1
 
     # the tar parser's state between two pieces of input
@@ -70,6 +71,8 @@ cdef class LayerBuilder:
     cdef int add_row(self, const tar_entry *entry) noexcept nogil
     cdef int keep_name(self, uint8_t kind, int64_t identity, const uint8_t *name, uint32_t size) noexcept nogil
 
+    cdef int feed_from(self, int fd, int64_t at, int64_t size) noexcept nogil
+    cdef int pause_feed(self) noexcept nogil
     cdef int feed_bytes(self, const uint8_t *data, size_t size) noexcept nogil
     cdef int target_full(self) noexcept nogil
     cdef int expect(self, int what, size_t size) noexcept nogil

@@ -16,11 +16,14 @@ from libc.string cimport memcmp, memcpy, memset
 
 from posix.unistd cimport read
 
+cdef extern from "<unistd.h>" nogil:
+    ssize_t pread(int handle, void *data, size_t size, int64_t offset)
+
 from estargz._codec cimport CODEC_COPY, CODEC_GZIP, CODEC_NONE
 from estargz._memory cimport buffer, buffer_append, buffer_free, map_free, map_insert
 from estargz._pipeline cimport BATCH_PIECE, STAGE_TOC, Pipeline, batch, chunk_span, file_fill, member_span, set_failure
 from estargz._rows cimport (
-    EST_CANCELLED, EST_NO_MEMORY, EST_OK, EST_READ, EST_RESERVED_NAME, EST_SINK, EST_TAR_DANGLING_META,
+    EST_CANCELLED, EST_NO_MEMORY, EST_OK, EST_READ, EST_RESERVED_NAME, EST_SHRANK, EST_SINK, EST_TAR_DANGLING_META,
     EST_TAR_LONE_ZERO, EST_TAR_TRUNCATED, tar_entry, toc_row,
 )
 from estargz._sha256 cimport sha256_job, sha256_run
@@ -82,6 +85,17 @@ cdef bint is_toc_name(const uint8_t *name, size_t size) noexcept nogil:
     return depth == 1 and first_size == 17 and memcmp(name + first, b"stargz.index.json", 17) == 0
 
 
+cdef tar_entry small_file(bytes name, int64_t size) noexcept:
+    """An entry of a regular file that says nothing but name and size; valid as long as `name`."""
+    cdef tar_entry entry
+    memset(&entry, 0, sizeof(entry))
+    entry.name = name
+    entry.name_len = len(name)
+    entry.type = c'0'
+    entry.size = size
+    return entry
+
+
 cdef class LayerBuilder:
     """Builds one layer from entries or from a tar stream.
 
@@ -116,6 +130,7 @@ cdef class LayerBuilder:
             raise MemoryError
         self.parser_ready = True
         self.target = NULL
+        self.landmark_row = -1
 
     def __dealloc__(self):
         if self.parser_ready:
@@ -328,14 +343,9 @@ cdef class LayerBuilder:
 
     def add_small_file(self, bytes name, bytes payload):
         """A regular file with an all-zero header, such as a landmark; 0 < len(payload) <= chunk size."""
-        cdef tar_entry entry
         cdef const uint8_t *data = payload
         cdef size_t size = len(payload)
-        memset(&entry, 0, sizeof(entry))
-        entry.name = name
-        entry.name_len = len(name)
-        entry.type = c'0'
-        entry.size = size
+        cdef tar_entry entry = small_file(name, size)
         self.take()
         try:
             with nogil:
@@ -344,6 +354,33 @@ cdef class LayerBuilder:
             self.raise_failure()
         finally:
             self.in_use = False
+
+    def end_prefetch(self, bytes name, bytes payload):
+        """The landmark behind what is to be fetched ahead: a small file whose payload begins a member whatever the minimum.
+
+        A tar stream may be under way, between two of its entries.
+        """
+        cdef const uint8_t *data = payload
+        cdef size_t size = len(payload)
+        cdef tar_entry entry = small_file(name, size)
+        self.take()
+        try:
+            with nogil:
+                if self.pause_feed() == EST_OK and self.add_entry(&entry) == EST_OK:
+                    self.landmark_row = self.row_count - 1
+                    if self.new_member(self.member_maximum) == EST_OK:
+                        self.add_payload_bytes(data, size)
+            self.raise_failure()
+        finally:
+            self.in_use = False
+
+    @property
+    def prefetch_size(self):
+        """Bytes of the blob in front of the landmark's payload; None without `end_prefetch`. Valid after finish."""
+        cdef int64_t rows = self.pipeline.table.rows.size // sizeof(toc_row)
+        if not 0 <= self.landmark_row < rows:
+            return None
+        return (<toc_row *>self.pipeline.table.rows.data)[self.landmark_row].offset
 
     # --------------------------------------------------------------------------------------------- a tar stream
 
@@ -374,28 +411,57 @@ cdef class LayerBuilder:
 
     def feed_fd(self, int fd):
         """Takes a tar stream from a file descriptor until its end, straight into the batches."""
-        cdef int code = EST_OK
-        cdef ssize_t got = 1
+        cdef int code
         self.take()
         try:
             with nogil:
-                if self.target == NULL:
-                    code = self.expect(EXPECT_BLOCK, BLOCK)
-                while not code and got:
-                    got = read(fd, self.target + self.target_filled, self.target_size - self.target_filled)
-                    if got < 0:
-                        if errno != EINTR:
-                            code = self.set_failure(EST_READ, errno, self.input_offset, "input", 5)
-                        elif not self.pipeline.call_back():
-                            code = self.set_failure(EST_CANCELLED, 0, -1, NULL, 0)
-                        continue
-                    self.target_filled += got
-                    if self.target_filled == self.target_size:
-                        code = self.target_full()
+                code = self.feed_from(fd, -1, 0)
             if code:
                 self.raise_failure()
         finally:
             self.in_use = False
+
+    cdef int feed_from(self, int fd, int64_t at, int64_t size) noexcept nogil:
+        """Takes `size` bytes of a file from `at` on; or, where `at` is negative, all that the descriptor gives."""
+        cdef int code = EST_OK
+        cdef size_t room
+        cdef ssize_t got
+        if self.target == NULL:
+            code = self.expect(EXPECT_BLOCK, BLOCK)
+        while not code and (size or at < 0):
+            room = self.target_size - self.target_filled
+            if at < 0:
+                got = read(fd, self.target + self.target_filled, room)
+            else:
+                got = pread(fd, self.target + self.target_filled, min(<int64_t>room, size), at)
+            if got < 0:
+                if errno != EINTR:
+                    code = self.set_failure(EST_READ, errno, self.input_offset, "input", 5)
+                elif not self.pipeline.call_back():
+                    code = self.set_failure(EST_CANCELLED, 0, -1, NULL, 0)
+                continue
+            if got == 0:
+                if at >= 0:
+                    code = self.set_failure(EST_SHRANK, 0, at, "input", 5)
+                break
+            if at >= 0:
+                at += got
+                size -= got
+            self.target_filled += got
+            if self.target_filled == self.target_size:
+                code = self.target_full()
+        return code
+
+    cdef int pause_feed(self) noexcept nogil:
+        """Gives back the room that the next header of a tar stream was to fill."""
+        if self.target == NULL:
+            return EST_OK
+        if self.expecting != EXPECT_BLOCK or self.target_filled or self.parser.pending or self.zero_blocks:
+            return self.input_failed(EST_TAR_TRUNCATED)
+        self.current.raw_size -= self.target_size
+        self.run -= self.target_size
+        self.target = NULL
+        return EST_OK
 
     def end_feed(self):
         """The tar stream's end: TarError if it is truncated."""
@@ -405,7 +471,9 @@ cdef class LayerBuilder:
             if self.toc_seen:
                 return
             with nogil:
-                if self.target == NULL or not (self.input_offset or self.target_filled):
+                if self.target == NULL and self.landmark_row >= 0:
+                    pass    # nothing was left to come behind the landmark
+                elif self.target == NULL or not (self.input_offset or self.target_filled):
                     code = self.input_failed(EST_TAR_TRUNCATED)
                 elif self.expecting == EXPECT_TRAILER or (self.expecting == EXPECT_BLOCK and not self.target_filled):
                     if self.parser.pending:

@@ -3,9 +3,12 @@
 One walk goes through the upper tree and, in step with it, through the lower one: a frame per directory on the way down,
 names in byte order. The lower tree is a stack of directories, topmost first; one directory is the ordinary case, several
 are an overlay's lower layers, merged while they are read. Headers are written here; payloads are left to the workers.
+
+Paths that are to come first are visited one by one before that, by frames that are entered without listing anything, and
+compared and written as the walk would do it; the walk then leaves out what has been written.
 """
 
-from libc.errno cimport EINTR, EINVAL, ELOOP, ENODATA, ENOENT, ENOTDIR, ERANGE, errno
+from libc.errno cimport EINTR, EINVAL, ELOOP, ENAMETOOLONG, ENODATA, ENOENT, ENOTDIR, ERANGE, errno
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
@@ -63,6 +66,17 @@ cdef enum change_kind:
     CHANGE_ADD
     CHANGE_MODIFY
     CHANGE_UNMODIFIED
+
+# What is known of a path that is to come first. The values are those of writing/priority.py.
+cdef enum:
+    PATH_ABSENT     # not in the layer
+    PATH_PRESENT    # in the layer; written, unless nothing was to be written yet
+    PATH_UNDECIDED  # in the layer only if something else is: a parent, or another name of an unmodified file
+
+# What self.written holds of a path.
+cdef enum:
+    IS_WRITTEN = 1
+    IS_WAITING = 2  # for another name of its inode
 
 cdef enum frame_mode:
     COMPARE         # merge the names of both trees; whiteouts of an overlay are not shown
@@ -132,11 +146,16 @@ cdef class TreeWalk:
     cdef int64_t epoch
     cdef buffer frames              # frame
     cdef buffer path                # of the directory or entry at hand, without leading slash
-    cdef byte_map written           # directories in the layer
+    cdef byte_map written           # directories in the layer, and everything that came first or waits since then
     cdef byte_map first_names       # inode -> position in link_names: the name it was first written under
     cdef byte_map waiting_names     # inode -> position in link_names: the last of its names not written yet
     cdef buffer link_names
     cdef buffer target              # of the symbolic link at hand
+    cdef buffer component           # of the path that is sought, NUL-terminated
+    cdef bint seeking               # paths one by one, instead of all of them
+    cdef bint looking               # to say what would be written, without writing it
+    cdef bint some_came_first
+    cdef int state                  # of the path that is sought: PATH_...
     cdef uint8_t *capability
     cdef uint8_t *other_capability
     cdef uint8_t *compare_buffers
@@ -163,6 +182,7 @@ cdef class TreeWalk:
         buffer_free(&self.path)
         buffer_free(&self.link_names)
         buffer_free(&self.target)
+        buffer_free(&self.component)
         map_free(&self.written)
         map_free(&self.first_names)
         map_free(&self.waiting_names)
@@ -184,6 +204,175 @@ cdef class TreeWalk:
         if code:
             self.builder.raise_failure()
 
+    def look_up(self, bytes paths):
+        """What `write_first` would answer now, without writing anything."""
+        return self.seek_all(paths, True)
+
+    def write_first(self, bytes paths):
+        """Writes paths of the upper tree, each with its parents, in front of everything that `run` writes.
+
+        paths: each followed by a NUL, relative to the root, without empty, "." or ".." components. Returns a byte for
+        each: PATH_... Paths that are not in the upper tree, or not in the changeset, are left out.
+        """
+        return self.seek_all(paths, False)
+
+    def decide(self, bytes paths, bytearray states):
+        """Settles what `write_first` left undecided, once `run` has written everything."""
+        cdef const uint8_t *at = paths
+        cdef uint8_t *state = states
+        cdef int64_t *known
+        cdef Py_ssize_t i
+        for i in range(len(states)):
+            if state[i] == PATH_UNDECIDED:
+                known = map_find(&self.written, at, strlen(<const char *>at))
+                state[i] = PATH_PRESENT if known != NULL and known[0] == IS_WRITTEN else PATH_ABSENT
+            at += strlen(<const char *>at) + 1
+
+    def names_below(self, bytes directory):
+        """All paths below a directory of the upper tree, each followed by a NUL; none when it is no directory."""
+        cdef const uint8_t *path = directory
+        cdef size_t size = len(directory)
+        cdef buffer names
+        cdef int code
+        memset(&names, 0, sizeof(names))
+        try:
+            with nogil:
+                code = self.list_below(path, size, &names)
+                while self.frames.size:
+                    self.leave()
+            if code:
+                self.builder.raise_failure()
+            return names.data[:names.size] if names.size else b""
+        finally:
+            buffer_free(&names)
+
+    # --------------------------------------------------------------------------------------------- what comes first
+
+    cdef bytearray seek_all(self, bytes paths, bint looking):
+        cdef const uint8_t *at = paths
+        cdef const uint8_t *end = at + len(paths)
+        cdef bytearray states = bytearray(paths.count(b"\0"))
+        cdef uint8_t *state = states
+        cdef int code
+        self.looking = looking
+        self.seeking = True
+        with nogil:
+            code = self.enter_root()
+            while not code and at < end:
+                code = self.seek(at, strlen(<const char *>at))
+                state[0] = self.state
+                state += 1
+                at += strlen(<const char *>at) + 1
+            while self.frames.size:
+                self.leave()
+        self.seeking = False
+        self.looking = False
+        self.some_came_first = True
+        if code:
+            self.builder.raise_failure()
+        return states
+
+    cdef int seek(self, const uint8_t *path, size_t size) noexcept nogil:
+        """Goes to one path of the upper tree, from the deepest frame that lies on the way, and writes it; sets self.state."""
+        cdef size_t at, end
+        cdef int64_t *known = map_find(&self.written, path, size)
+        cdef int code = EST_OK
+        if not self.builder.attend():
+            return EST_CANCELLED
+        # The root is in every layer, without an entry.
+        self.state = PATH_UNDECIDED if known != NULL and known[0] == IS_WAITING else PATH_PRESENT
+        if size == 0 or known != NULL:
+            return EST_OK
+        while self.top().path_size and not is_above(self.path.data, self.top().path_size, path, size):
+            self.leave()
+        while not code:
+            at = self.top().path_size
+            at += 1 if at else 0
+            end = at
+            while end < size and path[end] != c'/':
+                end += 1
+            self.component.size = 0
+            if not (buffer_append(&self.component, path + at, end - at) and buffer_append(&self.component, "", 1)):
+                return self.failed(EST_NO_MEMORY, 0)
+            self.path.size = self.top().path_size
+            if not self.append_name(<const char *>self.component.data):
+                return self.failed(EST_NO_MEMORY, 0)
+            self.state = PATH_ABSENT
+            code = self.visit_sought(<const char *>self.component.data, end == size)
+            if end == size or self.path.size != self.top().path_size:
+                break
+        return code
+
+    cdef int visit_sought(self, const char *name, bint last) noexcept nogil:
+        """Writes the last component of a sought path; enters the directory that any other one is, if it is one."""
+        cdef frame *f = self.top()
+        cdef struct_stat upper_stat, lower_stat
+        cdef directory_set lower
+        cdef int handle = self.handle_of(&f.upper, &self.upper_trees, 0)
+        cdef int found, code
+        if handle < 0:
+            return self.failed(EST_OPEN, errno)
+        if fstatat(handle, name, &upper_stat, AT_SYMLINK_NOFOLLOW):
+            return EST_OK if errno == ENOENT or errno == ENAMETOOLONG else self.failed(EST_STAT, errno)
+        if (self.overlay and is_whiteout(&upper_stat)) or not (last or S_ISDIR(upper_stat.st_mode)):
+            return EST_OK
+        found = self.find_lower(name, &lower_stat, &lower)
+        if found < 0:
+            return found
+        code = self.check_overlay_marks(handle, name, &upper_stat)
+        if not code and last:
+            code = self.report(handle, name, &upper_stat, found, &lower_stat, &lower)
+        if code or last:
+            free_set(&lower)
+            return code
+        return self.descend(handle, name, found, &lower)
+
+    cdef int list_below(self, const uint8_t *path, size_t size, buffer *names) noexcept nogil:
+        cdef struct_stat found
+        cdef frame *f
+        cdef int code
+        cdef int handle = open_beneath(self.upper_trees.roots[0], <const char *>path, size, OPEN_DIRECTORY)
+        if handle < 0 and (errno == ENOENT or errno == ENOTDIR or errno == ELOOP or errno == ENAMETOOLONG):
+            return EST_OK
+        if handle < 0:
+            return self.builder.set_failure(EST_OPEN, errno, -1, path, size)
+        close(handle)
+        self.path.size = 0
+        if not buffer_append(&self.path, path, size):
+            return self.failed(EST_NO_MEMORY, 0)
+        code = self.enter_upper()
+        while not code and self.frames.size:
+            f = self.top()
+            self.path.size = f.path_size
+            if f.next_name == name_count(&f.names):
+                self.leave()
+                continue
+            if not self.builder.attend():
+                return EST_CANCELLED
+            f.next_name += 1
+            if not (self.append_name(name_at(&f.names, f.next_name - 1))
+                    and buffer_append(names, self.path.data, self.path.size) and buffer_append(names, "", 1)):
+                return self.failed(EST_NO_MEMORY, 0)
+            handle = self.handle_of(&f.upper, &self.upper_trees, 0)
+            if handle < 0:
+                return self.failed(EST_OPEN, errno)
+            if fstatat(handle, name_at(&f.names, f.next_name - 1), &found, AT_SYMLINK_NOFOLLOW):
+                return self.failed(EST_STAT, errno)
+            if S_ISDIR(found.st_mode):
+                code = self.enter_upper()
+        return code
+
+    cdef int enter_upper(self) noexcept nogil:
+        """Enters the directory at self.path in the upper tree alone."""
+        cdef directory_set upper, lower
+        if not make_set(&upper, 1):
+            return self.failed(EST_NO_MEMORY, 0)
+        if not make_set(&lower, 0):
+            free_set(&upper)
+            return self.failed(EST_NO_MEMORY, 0)
+        add_tree(&upper, 0)
+        return self.enter(OVERLAY, &upper, &lower)
+
     # --------------------------------------------------------------------------------------------- the walk
 
     cdef int failed(self, int code, int sys_errno) noexcept nogil:
@@ -198,18 +387,21 @@ cdef class TreeWalk:
         return <frame *>(self.frames.data + self.frames.size) - 1
 
     cdef int walk(self) noexcept nogil:
+        cdef int code = self.enter_root()
+        while not code and self.frames.size:
+            code = self.advance()
+        return code
+
+    cdef int enter_root(self) noexcept nogil:
         cdef directory_set upper, lower
-        cdef int code = EST_OK
         cdef int i
         if not (make_set(&upper, 1) and make_set(&lower, self.lower_trees.count)):
             return self.failed(EST_NO_MEMORY, 0)
         for i in range(self.lower_trees.count):
             add_tree(&lower, i)
         add_tree(&upper, 0)
-        code = self.enter(OVERLAY if self.overlay else COMPARE, &upper, &lower)
-        while not code and self.frames.size:
-            code = self.advance()
-        return code
+        self.path.size = 0
+        return self.enter(OVERLAY if self.overlay else COMPARE, &upper, &lower)
 
     cdef int enter(self, int mode, directory_set *upper, directory_set *lower) noexcept nogil:
         """Opens the directory at self.path in both trees; takes the sets over."""
@@ -226,6 +418,8 @@ cdef class TreeWalk:
             free_set(lower)
             return self.failed(EST_NO_MEMORY, 0)
         self.close_far_handles()
+        if self.seeking:
+            return EST_OK
         f = self.top()
         code = self.list_names(&f.upper, &self.upper_trees, &f.names)
         if not code and mode == COMPARE:
@@ -326,18 +520,23 @@ cdef class TreeWalk:
     cdef int report(self, int handle, const char *name, const struct_stat *upper_stat, bint found,
                     const struct_stat *lower_stat, const directory_set *lower) noexcept nogil:
         """Decides what kind of change a path of the upper tree is, and writes it."""
-        cdef int same
-        if not found:
-            return self.write_change(CHANGE_ADD, handle, name, upper_stat)
-        same = self.is_same(handle, name, upper_stat, lower_stat, lower)
-        if same < 0:
-            return same
-        if not same:
-            return self.write_change(CHANGE_MODIFY, handle, name, upper_stat)
+        cdef int same = 0
+        cdef int kind = CHANGE_ADD
+        if self.some_came_first and map_find(&self.written, self.path.data, self.path.size) != NULL:
+            return EST_OK
+        if found:
+            same = self.is_same(handle, name, upper_stat, lower_stat, lower)
+            if same < 0:
+                return same
+            kind = CHANGE_UNMODIFIED if same else CHANGE_MODIFY
+        if same and S_ISDIR(upper_stat.st_mode):
+            self.state = PATH_UNDECIDED
+            return EST_OK
         # The overlay differ never reports a path that is the same; the walking one needs to know of other links.
-        if self.top().mode == COMPARE and not S_ISDIR(upper_stat.st_mode) and upper_stat.st_nlink > 1:
-            return self.write_change(CHANGE_UNMODIFIED, handle, name, upper_stat)
-        return EST_OK
+        if S_ISSOCK(upper_stat.st_mode) or (same and (self.top().mode == OVERLAY or upper_stat.st_nlink < 2)):
+            return EST_OK
+        self.state = PATH_UNDECIDED if same else PATH_PRESENT
+        return EST_OK if self.looking else self.write_change(kind, handle, name, upper_stat)
 
     cdef int descend(self, int handle, const char *name, bint found, directory_set *lower) noexcept nogil:
         cdef directory_set upper
@@ -591,8 +790,6 @@ cdef class TreeWalk:
         cdef tar_entry entry
         cdef int64_t waiting = -1
         cdef int code
-        if S_ISSOCK(found.st_mode):
-            return EST_OK
         if self.landmarks_reserved and is_landmark(self.path.data, self.path.size):
             return self.failed(EST_RESERVED_NAME, 0)
         code = self.describe(&entry, handle, name, found)
@@ -600,8 +797,13 @@ cdef class TreeWalk:
             return code
         if not S_ISDIR(found.st_mode) and found.st_nlink > 1:
             code = self.resolve_link(kind, found.st_ino, &entry, &waiting)
+            if code == LINK_WAITS:
+                # The walk must not let it wait a second time.
+                if self.seeking and not self.note(entry.name, entry.name_len, IS_WAITING):
+                    return self.failed(EST_NO_MEMORY, 0)
+                return EST_OK
             if code:
-                return EST_OK if code == LINK_WAITS else code
+                return code
         elif kind == CHANGE_UNMODIFIED:
             return EST_OK
         code = self.write_parents(self.path.data, self.path.size)
@@ -662,12 +864,18 @@ cdef class TreeWalk:
         return EST_OK
 
     cdef int write_entry(self, const tar_entry *entry) noexcept nogil:
-        cdef size_t size = entry.name_len
-        if entry.type == c'5':
-            size -= 1
-            if map_insert(&self.written, entry.name, size, 1) == NULL:
-                return self.failed(EST_NO_MEMORY, 0)
+        cdef size_t size = entry.name_len - (1 if entry.type == c'5' else 0)
+        cdef bint noted = entry.type == c'5' or self.seeking or (
+            self.some_came_first and entry.type == c'1' and map_find(&self.written, entry.name, size) != NULL)
+        if noted and not self.note(entry.name, size, IS_WRITTEN):
+            return self.failed(EST_NO_MEMORY, 0)
         return self.builder.add_entry(entry)
+
+    cdef bint note(self, const uint8_t *path, size_t size, int64_t how) noexcept nogil:
+        cdef int64_t *known = map_insert(&self.written, path, size, how)
+        if known != NULL:
+            known[0] = how
+        return known != NULL
 
     cdef int write_payload(self, const struct_stat *found) noexcept nogil:
         cdef source_file source
@@ -819,6 +1027,10 @@ cdef size_t parent_size(const uint8_t *path, size_t size) noexcept nogil:
     while size and path[size - 1] != c'/':
         size -= 1
     return size - 1 if size else 0
+
+
+cdef bint is_above(const uint8_t *directory, size_t directory_size, const uint8_t *path, size_t size) noexcept nogil:
+    return size > directory_size and path[directory_size] == c'/' and memcmp(directory, path, directory_size) == 0
 
 
 cdef bint is_landmark(const uint8_t *path, size_t size) noexcept nogil:

@@ -35,6 +35,10 @@ class Layer:
     """Of the same stream."""
     toc_digest: str | None = None
     """Of the table of contents' JSON; only eStargz layers have one."""
+    prefetch_size: int | None = None
+    """Bytes at the blob's start that a runtime fetches ahead: where the landmark behind prioritized entries lies."""
+    missing: tuple[str, ...] = ()
+    """What was to be prefetched and is not in the layer, as it was given; only where that was allowed."""
     stages: Mapping[str, float] = field(default_factory=dict, compare=False, repr=False)
     """Seconds of making it by stage, all threads together (docs/architecture.md): what a build's time went to."""
 

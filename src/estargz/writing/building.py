@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from estargz._layer import LayerBuilder
+from estargz.errors import UsageError
 from estargz.layer import Layer
 from estargz.options import DEFAULT_CHUNK_SIZE, DEFAULT_LEVEL, Options, Progress
+from estargz.writing.priority import Priority
 from estargz.writing.sink import Destination, open_sink
 from estargz.writing.source import PathLike, Readable, TarSource, open_source, opened
 from estargz.writing.writer import finish_layer
@@ -27,6 +29,8 @@ def build(
     threads: int | None = None,
     memory: int | None = None,
     landmark: bool = True,
+    prefetch: Iterable[str] | None = None,
+    allow_missing: bool = False,
     source_date_epoch: int | None = None,
     progress: Progress | None = None,
 ) -> Layer:
@@ -45,6 +49,13 @@ def build(
         threads: 1..1024, None for the CPUs this process may use. Never changes the bytes.
         memory: bytes that data under way may take, None for a default by threads. Never changes the bytes.
         landmark: begin an eStargz layer made of directories with ``.no.prefetch.landmark``, as the format demands.
+        prefetch: paths relative to the layer's root, or patterns of them (``*``, ``?``, ``[...]`` within a name, ``**`` across
+            directories), in order of priority. They are written first, each behind its parent directories and its hard
+            link's target, then ``.prefetch.landmark``, then everything else as usual; runtimes fetch what lies before the
+            landmark in one go (``Layer.prefetch_size``). A symlink's target is not followed, a directory's content not
+            taken along: name it, or use ``directory/**``. None and no paths at all are the same. eStargz layers only. A
+            tar that cannot be read twice, or is compressed, is kept uncompressed in ``$TMPDIR`` meanwhile.
+        allow_missing: paths to prefetch that the layer does not have are listed in ``Layer.missing``, and no error.
         source_date_epoch: upper bound in seconds of the modification times of a directory's entries.
         progress: is given the uncompressed bytes done, about ten times a second.
 
@@ -62,10 +73,22 @@ def build(
         memory=memory,
         progress=progress,
     )
+    priority = Priority(prefetch or (), allow_missing=allow_missing) or None
+    if priority is not None and compression != "estargz":
+        raise UsageError(f"only eStargz layers have an order of prefetching; compression {compression!r} has none")
+    if priority is not None and not landmark:
+        raise UsageError("prefetching needs the landmark that says how far; leave either out")
     landmark = landmark and compression == "estargz"
     with (
         opened(
-            open_source(source, lower=lower, overlay_lower=overlay_lower, epoch=source_date_epoch, landmark=landmark)
+            open_source(
+                source,
+                lower=lower,
+                overlay_lower=overlay_lower,
+                epoch=source_date_epoch,
+                landmark=landmark,
+                priority=priority,
+            )
         ) as stream,
         open_sink(dest) as sink,
     ):
@@ -77,8 +100,8 @@ def build(
             output=sink.name,
         )
         try:
-            stream.fill(builder)
-            return finish_layer(builder, options)
+            missing = stream.fill(builder)
+            return finish_layer(builder, options, missing=missing)
         except BaseException:
             builder.cancel()
             raise

@@ -12,12 +12,11 @@ from estargz import _walk
 from estargz._inflate import InflateReader, detect
 from estargz._layer import LayerBuilder
 from estargz.errors import SourceError, UsageError
+from estargz.writing.priority import LANDMARK_PAYLOAD, NO_PREFETCH_LANDMARK, PREFETCH_LANDMARK, Priority
 
 __all__ = ["Readable", "Source", "TarSource", "TreeSource", "open_source"]
 
 PIECE_SIZE = 1 << 20
-NO_PREFETCH_LANDMARK = b".no.prefetch.landmark"
-LANDMARK_PAYLOAD = b"\x0f"
 
 
 class Readable(Protocol):
@@ -32,8 +31,8 @@ PathLike = str | os.PathLike[str]
 class Source(Protocol):
     """What fills a builder."""
 
-    def fill(self, builder: LayerBuilder) -> None:
-        """Hands everything to the builder. Raises SourceError."""
+    def fill(self, builder: LayerBuilder) -> tuple[str, ...]:
+        """Hands everything to the builder; returns what was to come first and is not in the layer. Raises SourceError."""
 
     def close(self) -> None:
         """Frees what the builder's workers read from; call it when the builder is finished."""
@@ -43,23 +42,30 @@ class TreeSource:
     """The changeset of a tree over lower trees, as containerd's walking differ sees it, or, with ``overlay``, of an
     overlayfs upperdir over its lower directories (topmost first), as BuildKit's overlay differ does.
 
-    ``epoch``: upper bound of modification times in seconds. ``landmark``: write ``.no.prefetch.landmark`` first.
+    ``epoch``: upper bound of modification times in seconds. ``landmark``: write ``.no.prefetch.landmark`` first, or, with
+    a ``priority``, ``.prefetch.landmark`` behind what comes first.
     """
 
     def __init__(
-        self, upper: PathLike, lowers: Sequence[PathLike], *, overlay: bool, epoch: int | None, landmark: bool
+        self,
+        upper: PathLike,
+        lowers: Sequence[PathLike],
+        *,
+        overlay: bool,
+        epoch: int | None,
+        landmark: bool,
+        priority: Priority | None,
     ) -> None:
         self._overlay = overlay
         self._epoch = epoch
         self._landmark = landmark
+        self._priority = priority
         with ExitStack() as opened:
             self._upper = open_directory(upper, opened)
             self._lowers = [open_directory(lower, opened) for lower in lowers]
             self._handles = opened.pop_all()
 
-    def fill(self, builder: LayerBuilder) -> None:
-        if self._landmark:
-            builder.add_small_file(NO_PREFETCH_LANDMARK, LANDMARK_PAYLOAD)
+    def fill(self, builder: LayerBuilder) -> tuple[str, ...]:
         walk = _walk.TreeWalk(
             builder,
             self._upper,
@@ -68,10 +74,26 @@ class TreeSource:
             epoch=self._epoch,
             landmarks_reserved=self._landmark,
         )
+        if self._priority is not None:
+            return fill_in_order(builder, walk, self._priority)
+        if self._landmark:
+            builder.add_small_file(NO_PREFETCH_LANDMARK, LANDMARK_PAYLOAD)
         walk.run()
+        return ()
 
     def close(self) -> None:
         self._handles.close()
+
+
+def fill_in_order(builder: LayerBuilder, walk: _walk.TreeWalk, priority: Priority) -> tuple[str, ...]:
+    """Lets a walk write what comes first, the landmark, and the rest; returns what is missing of the first."""
+    paths = priority.resolve(walk.names_below)
+    priority.missing(walk.look_up(paths))  # raises before anything is written
+    states = walk.write_first(paths)
+    builder.end_prefetch(PREFETCH_LANDMARK, LANDMARK_PAYLOAD)
+    walk.run()
+    walk.decide(paths, states)
+    return priority.missing(states)
 
 
 def open_directory(path: PathLike, opened: ExitStack) -> int:
@@ -91,12 +113,13 @@ class TarSource:
     ``owned``: the object is closed with the source.
     """
 
-    def __init__(self, readable: Readable, name: str, *, owned: bool) -> None:
+    def __init__(self, readable: Readable, name: str, *, owned: bool, priority: Priority | None) -> None:
         self._readable = readable
         self._name = name
         self._owned = owned
+        self._priority = priority
 
-    def fill(self, builder: LayerBuilder) -> None:
+    def fill(self, builder: LayerBuilder) -> tuple[str, ...]:
         builder.input_name = self._name
         prefix = read_prefix(self._readable)
         kind = detect(prefix)
@@ -109,6 +132,7 @@ class TarSource:
         else:
             feed_compressed(builder, prefix, self._readable, kind, self._name)
         builder.end_feed()
+        return ()
 
     def close(self) -> None:
         if self._owned:
@@ -202,6 +226,7 @@ def open_source(
     overlay_lower: Sequence[PathLike] | None,
     epoch: int | None,
     landmark: bool,
+    priority: Priority | None = None,
 ) -> Source:
     """The source that ``source`` is: a directory, a tar file, or a readable object.
 
@@ -221,13 +246,15 @@ def open_source(
     if isinstance(source, str | os.PathLike):
         if os.path.isdir(source) or ((lower is not None or overlay_lower is not None) and not os.path.exists(source)):
             lowers = list(overlay_lower) if overlay_lower is not None else [lower] if lower is not None else []
-            return TreeSource(source, lowers, overlay=overlay_lower is not None, epoch=epoch, landmark=landmark)
+            return TreeSource(
+                source, lowers, overlay=overlay_lower is not None, epoch=epoch, landmark=landmark, priority=priority
+            )
         no_lowers(lower, overlay_lower)
-        return TarSource(open_tar(source), os.fspath(source), owned=True)
+        return TarSource(open_tar(source), os.fspath(source), owned=True, priority=priority)
     if not callable(getattr(source, "read", None)):
         raise UsageError(f"a source is a path or an object with read(), not {type(source).__name__}")
     no_lowers(lower, overlay_lower)
-    return TarSource(source, str(getattr(source, "name", "input")), owned=False)
+    return TarSource(source, str(getattr(source, "name", "input")), owned=False, priority=priority)
 
 
 def no_lowers(lower: PathLike | None, overlay_lower: Sequence[PathLike] | None) -> None:

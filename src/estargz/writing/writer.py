@@ -14,7 +14,9 @@ from estargz.writing.sink import Destination, open_sink
 __all__ = ["Compressor", "Writer", "finish_layer"]
 
 
-def finish_layer(builder: LayerBuilder, options: Options, media_type: str | None = None) -> Layer:
+def finish_layer(
+    builder: LayerBuilder, options: Options, media_type: str | None = None, missing: tuple[str, ...] = ()
+) -> Layer:
     """Ends a builder and describes what it has written."""
     size, digest, uncompressed_size, diff_id, toc_digest = builder.finish()
     return Layer(
@@ -25,6 +27,8 @@ def finish_layer(builder: LayerBuilder, options: Options, media_type: str | None
         diff_id=f"sha256:{diff_id.hex()}",
         uncompressed_size=uncompressed_size,
         toc_digest=f"sha256:{toc_digest.hex()}" if toc_digest is not None else None,
+        prefetch_size=builder.prefetch_size,
+        missing=missing,
         stages=builder.stages(),
     )
 
