@@ -30,6 +30,7 @@ STAGES: dict[str, tuple[list[str], list[str]]] = {
     "_files": ([], []),
     "_tar": ([], []),
     "_walk": ([], []),
+    "_tar_order": ([], []),
     "_layer": (["libcrypto"], []),
     "_toc": ([], []),
     "_pipeline": (["libisal", "libcrypto"], []),

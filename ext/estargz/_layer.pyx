@@ -442,7 +442,7 @@ cdef class LayerBuilder:
                 continue
             if got == 0:
                 if at >= 0:
-                    code = self.set_failure(EST_SHRANK, 0, at, "input", 5)
+                    code = self.set_failure(EST_SHRANK, 0, at, NULL, 0)
                 break
             if at >= 0:
                 at += got

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 import os
+import stat
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
-from estargz import _walk
+from estargz import _tar_order, _walk
 from estargz._inflate import InflateReader, detect
 from estargz._layer import LayerBuilder
-from estargz.errors import SourceError, UsageError
+from estargz.errors import SinkError, SourceError, UsageError
 from estargz.writing.priority import LANDMARK_PAYLOAD, NO_PREFETCH_LANDMARK, PREFETCH_LANDMARK, Priority
 
 __all__ = ["Readable", "Source", "TarSource", "TreeSource", "open_source"]
@@ -110,7 +112,8 @@ def open_directory(path: PathLike, opened: ExitStack) -> int:
 class TarSource:
     """A tar stream: plain, gzip or zstd, told apart by content. An eStargz blob gives the tar it was made from.
 
-    ``owned``: the object is closed with the source.
+    ``owned``: the object is closed with the source. With a ``priority`` it is read twice, from a copy in ``$TMPDIR`` unless
+    it is a plain file.
     """
 
     def __init__(self, readable: Readable, name: str, *, owned: bool, priority: Priority | None) -> None:
@@ -124,6 +127,8 @@ class TarSource:
         prefix = read_prefix(self._readable)
         kind = detect(prefix)
         descriptor = raw_descriptor(self._readable)
+        if self._priority is not None:
+            return fill_from_places(builder, prefix, self._readable, kind, self._name, self._priority)
         if kind == "plain" and descriptor is not None:
             builder.feed(prefix)
             builder.feed_fd(descriptor)
@@ -139,6 +144,63 @@ class TarSource:
             close = getattr(self._readable, "close", None)
             if close is not None:
                 close()
+
+
+def fill_from_places(
+    builder: LayerBuilder, prefix: bytes, readable: Readable, kind: str, name: str, priority: Priority
+) -> tuple[str, ...]:
+    """Scans a tar and then hands its entries over: what comes first, the landmark, and the rest; returns what is missing."""
+    with ExitStack() as opened:
+        descriptor = raw_descriptor(readable)
+        whole_blob = False
+        if kind == "plain" and descriptor is not None and stat.S_ISREG(os.fstat(descriptor).st_mode):
+            begin, end = os.lseek(descriptor, 0, os.SEEK_CUR) - len(prefix), os.fstat(descriptor).st_size
+        else:
+            rejoined = Rejoined(prefix, readable)
+            spool = opened.enter_context(spooled(rejoined, kind, name))
+            descriptor, begin, end = spool.fileno(), 0, spool.tell()
+            whole_blob = kind == "gzip" and has_footer(rejoined.tail)
+        order = _tar_order.TarOrder(builder, descriptor, begin, end)
+        if whole_blob and not order.toc_cut:
+            raise SourceError(
+                f"{name}: is an eStargz blob whose tar ends in bytes that hide where its table of contents begins; "
+                "build from what estargz unpack writes"
+            )
+        missing = priority.missing(order.pick(priority.resolve(order.names_below)))
+        order.feed_picked()
+        builder.end_prefetch(PREFETCH_LANDMARK, LANDMARK_PAYLOAD)
+        order.feed_rest()
+        builder.end_feed()
+        return missing
+
+
+def spooled(source: Rejoined, kind: str, name: str) -> IO[bytes]:
+    """A file without a name that holds a stream's tar, positioned at its end. Raises SinkError when it finds no room."""
+    inflated = InflateReader(source, kind, name=name)
+    piece = memoryview(bytearray(PIECE_SIZE))
+    spool = tempfile.TemporaryFile(prefix="estargz-")
+    try:
+        while size := inflated.readinto(piece):
+            keep(spool, piece[:size])
+        keep(spool, b"")
+    except BaseException:
+        spool.close()
+        raise
+    return spool
+
+
+def keep(spool: IO[bytes], data: bytes | memoryview) -> None:
+    """Writes through; a failure that is left in the file's buffer would only show when it is closed."""
+    try:
+        spool.write(data)
+        spool.flush()
+    except OSError as error:
+        raised = SinkError(
+            f"{tempfile.gettempdir()}: the uncompressed tar cannot be kept there meanwhile: {error.strerror}; "
+            "free some space, set TMPDIR, or build from a plain tar file"
+        )
+        raised.errno = error.errno
+        raise raised from error
 
 
 def read_prefix(readable: Readable) -> bytes:
