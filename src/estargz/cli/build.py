@@ -9,8 +9,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from types import FrameType
 from typing import Any
 
@@ -21,6 +22,8 @@ from estargz.layer import MEDIA_TYPES, Layer
 from estargz.options import DEFAULT_CHUNK_SIZE, DEFAULT_LEVEL, MAX_LEVEL, Progress, parse_size
 from estargz.writing.building import build
 from estargz.writing.sink import DescriptorSink
+
+WARNINGS = 100  # of missing paths
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.5 only
@@ -65,7 +68,20 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Default: the CPUs this process may use.")
 @click.option("--memory", type=Size(), metavar="N", help="Bytes that data under way may take.")
 @click.option("--no-landmark", is_flag=True, help="Leave out .no.prefetch.landmark: the pure differ stream.")
-@click.option("--json", "as_json", is_flag=True, help="Print the descriptor on one line.")
+@click.option(
+    "--prefetch",
+    multiple=True,
+    metavar="PATH|GLOB",
+    help="Write PATH of the layer first, for runtimes to fetch ahead; or all that GLOB matches (** crosses directories).",
+)
+@click.option(
+    "--record-in",
+    multiple=True,
+    metavar="LOG",
+    help="The same for every path in LOG: what a run of the image opened, or a list, one path or glob a line.",
+)
+@click.option("--allow-missing", is_flag=True, help="Only warn of paths to prefetch that the layer does not have.")
+@click.option("--json", "as_json", is_flag=True, help="One line; tells what was prefetched and what is missing, too.")
 @click.option("--quiet", is_flag=True, help="No progress, no summary.")
 def command(
     source: str,
@@ -73,6 +89,9 @@ def command(
     lower: str | None,
     overlay_lower: tuple[str, ...],
     no_landmark: bool,
+    prefetch: tuple[str, ...],
+    record_in: tuple[str, ...],
+    allow_missing: bool,
     as_json: bool,
     quiet: bool,
     **options: Any,
@@ -81,6 +100,9 @@ def command(
 
     Prints the layer's OCI descriptor on standard output, or on standard error with "-o -". SOURCE_DATE_EPOCH in the
     environment is the upper bound of a directory's modification times.
+
+    What is to be prefetched comes in the order given, --prefetch before --record-in. A compressed tar, or one from a pipe,
+    is then kept uncompressed in $TMPDIR while it is put in order.
     """
     started = time.perf_counter()
     with terminated_cleanly(), progress_bar(quiet) as progress:
@@ -90,13 +112,31 @@ def command(
             lower=lower,
             overlay_lower=overlay_lower or None,
             landmark=not no_landmark,
+            prefetch=[*prefetch, *(path for log in record_in for path in read_access_log(log))],
+            allow_missing=allow_missing,
             source_date_epoch=epoch_from_environment(),
             progress=progress,
             **options,
         )
-    click.echo(json.dumps(layer.descriptor(), indent=None if as_json else 2), err=output == "-")
+    warn_of(layer.missing)
+    shown = layer.descriptor()
+    if as_json and layer.prefetch_size is not None:
+        shown |= {"prefetchSize": layer.prefetch_size, "missing": layer.missing}
+    click.echo(json.dumps(shown, indent=None if as_json else 2), err=output == "-")
     if not quiet:
         summarise(layer, time.perf_counter() - started)
+
+
+def warn_of(missing: Sequence[str]) -> None:
+    for path in missing[:WARNINGS]:
+        click.echo(f"estargz: warning: {path}: is to be prefetched and not in the layer", err=True)
+    if len(missing) > WARNINGS:
+        click.echo(f"estargz: warning: and {len(missing) - WARNINGS} more; --json lists them all", err=True)
+
+
+def read_access_log(log: str) -> list[str]:
+    paths: list[str] = import_module("estargz.writing.access_log").read_access_log(log)
+    return paths
 
 
 def standard_input() -> io.FileIO:
@@ -161,8 +201,9 @@ def progress_bar(quiet: bool) -> Iterator[Progress | None]:
 
 
 def summarise(layer: Layer, seconds: float) -> None:
+    ahead = f", {layer.prefetch_size / 1e6:.1f} MB of it to be prefetched" if layer.prefetch_size is not None else ""
     click.echo(
-        f"{layer.uncompressed_size / 1e6:.1f} MB -> {layer.size / 1e6:.1f} MB in {seconds:.2f} s, "
+        f"{layer.uncompressed_size / 1e6:.1f} MB -> {layer.size / 1e6:.1f} MB{ahead} in {seconds:.2f} s, "
         f"{layer.uncompressed_size / 1e6 / seconds:.0f} MB/s",
         err=True,
     )

@@ -130,7 +130,9 @@ def matches(pattern: str, names: Iterable[str]) -> list[str]:
 
 def pattern_expression(pattern: str) -> str:
     """The regular expression of a pattern: ``*`` and ``?`` stay within a name, ``**`` crosses directories."""
-    tokens = re.compile(r"(?P<deep>\*\*/?)|(?P<star>\*)|(?P<any>\?)|(?P<set>\[[!^]?\]?[^\]/]*\])|\\?(?P<plain>.)", re.DOTALL)
+    tokens = re.compile(
+        r"(?P<deep>\*\*/?)|(?P<star>\*)|(?P<any>\?)|(?P<set>\[[!^]?\]?[^\]/]*\])|\\?(?P<plain>.)", re.DOTALL
+    )
     expression = ""
     for token in tokens.finditer(pattern):
         if token["deep"]:

@@ -174,26 +174,21 @@ def fill_from_places(
         return missing
 
 
-def spooled(source: Rejoined, kind: str, name: str) -> IO[bytes]:
+@contextmanager
+def spooled(source: Rejoined, kind: str, name: str) -> Iterator[IO[bytes]]:
     """A file without a name that holds a stream's tar, positioned at its end. Raises SinkError when it finds no room."""
     inflated = InflateReader(source, kind, name=name)
     piece = memoryview(bytearray(PIECE_SIZE))
-    spool = tempfile.TemporaryFile(prefix="estargz-")
-    try:
+    with tempfile.TemporaryFile(prefix="estargz-", buffering=0) as spool:
         while size := inflated.readinto(piece):
             keep(spool, piece[:size])
-        keep(spool, b"")
-    except BaseException:
-        spool.close()
-        raise
-    return spool
+        yield spool
 
 
-def keep(spool: IO[bytes], data: bytes | memoryview) -> None:
-    """Writes through; a failure that is left in the file's buffer would only show when it is closed."""
+def keep(spool: IO[bytes], data: memoryview) -> None:
     try:
-        spool.write(data)
-        spool.flush()
+        while data:
+            data = data[spool.write(data) :]
     except OSError as error:
         raised = SinkError(
             f"{tempfile.gettempdir()}: the uncompressed tar cannot be kept there meanwhile: {error.strerror}; "
