@@ -5,24 +5,26 @@ from __future__ import annotations
 import os
 import re
 from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from posixpath import normpath
 
 from estargz.errors import UsageError
 
-__all__ = ["ABSENT", "LANDMARK_PAYLOAD", "NO_PREFETCH_LANDMARK", "PREFETCH_LANDMARK", "Priority"]
+__all__ = ["LANDMARK_PAYLOAD", "NO_PREFETCH_LANDMARK", "PREFETCH_LANDMARK", "Priority"]
 
 PREFETCH_LANDMARK = b".prefetch.landmark"
 NO_PREFETCH_LANDMARK = b".no.prefetch.landmark"
 LANDMARK_PAYLOAD = b"\x0f"
 
-ABSENT = 0
-"""State of a path that the layer does not have; every other state means that it does, or may (_walk.pyx)."""
+PATH_ABSENT = 0
+"""State of a path that the layer does not have; every other one means that it does, or may (ext/estargz/_walk.pyx)."""
 
 NAMES_IN_MESSAGE = 50
 
 NamesBelow = Callable[[bytes], bytes]
-"""Gives all paths below a directory of the source, each followed by a NUL."""
+"""Gives all paths below a directory of the source, each followed by a NUL, in any order."""
 
 
 class Priority:
@@ -30,37 +32,38 @@ class Priority:
 
     Args:
         wanted: paths relative to the layer's root; leading ``/`` and ``./`` mean nothing. One with ``*``, ``?``, ``[`` or a
-            backslash in it that names nothing as it stands is a pattern: it means its matches, in byte order.
+            backslash in it is a pattern, unless the source has something of just that name: it means all that matches, in
+            byte order. A backslash makes the next character an ordinary one.
         allow_missing: what the layer does not have is an answer, not an error.
 
     Raises:
-        UsageError: it is no sequence of paths.
+        UsageError: it is no sequence of paths and patterns.
     """
 
     def __init__(self, wanted: Iterable[str], *, allow_missing: bool = False) -> None:
         if isinstance(wanted, str | bytes):
             raise UsageError("paths to prefetch are a sequence of paths, not one path")
-        self._allow_missing = allow_missing
-        self._wanted: dict[str, str] = {}  # cleaned -> as it was given first
+        self.allow_missing = allow_missing
+        self._wanted: dict[str | PathPattern, str] = {}  # path or pattern -> as it was given first
         for text in wanted:
             if not isinstance(text, str) or "\0" in text:
                 raise UsageError(f"{text!r} is no path to prefetch")
-            self._wanted.setdefault(normpath("/./" + text)[1:], text)
-        self._counts: array[int] | None = None
+            self._wanted.setdefault(path_or_pattern(text), text)
+        self._counts: array[int] | None = None  # paths of each that was wanted; None: one
 
     def __len__(self) -> int:
         return len(self._wanted)
 
     def resolve(self, names_below: NamesBelow) -> bytes:
-        """The paths, each followed by a NUL; patterns give what they match among the source's names."""
-        patterns = [path for path in self._wanted if is_pattern(path)]
-        listings = {folder: names_below(os.fsencode(folder)) for folder in outermost(map(fixed_folder, patterns))}
-        if not patterns:
-            return b"".join(os.fsencode(path) + b"\0" for path in self._wanted)
+        """The paths, each followed by a NUL; a pattern gives those that it matches."""
+        folders = {pattern.folder for pattern in self._wanted if isinstance(pattern, PathPattern)}
+        if not folders:
+            return b"".join(os.fsencode(str(path)) + b"\0" for path in self._wanted)
+        listings = {folder: sorted(names_below(folder).split(b"\0")[:-1]) for folder in outermost(folders)}
         parts, counts = [], array("q")
-        for path in self._wanted:
-            found = resolve_pattern(path, listings) if is_pattern(path) else [path]
-            parts.append(b"".join(name + b"\0" for name in sorted(map(os.fsencode, found))))
+        for wish in self._wanted:
+            found = [os.fsencode(wish)] if isinstance(wish, str) else resolved(wish, listings)
+            parts.append(b"".join(name + b"\0" for name in found))
             counts.append(len(found))
         self._counts = counts
         return b"".join(parts)
@@ -72,7 +75,7 @@ class Priority:
             UsageError: there is such, and it is not allowed to be; names them all, up to a limit.
         """
         missing = tuple(self._missing(states))
-        if missing and not self._allow_missing:
+        if missing and not self.allow_missing:
             shown = ", ".join(map(repr, missing[:NAMES_IN_MESSAGE]))
             more = f" and {len(missing) - NAMES_IN_MESSAGE} more" if len(missing) > NAMES_IN_MESSAGE else ""
             raise UsageError(
@@ -81,70 +84,85 @@ class Priority:
         return missing
 
     def _missing(self, states: bytes | bytearray) -> Iterator[str]:
-        if self._counts is None:
-            yield from (text for text, state in zip(self._wanted.values(), states, strict=True) if state == ABSENT)
-            return
         at = 0
-        for text, count in zip(self._wanted.values(), self._counts, strict=True):
-            if states.count(ABSENT, at, at + count) == count:
+        for i, text in enumerate(self._wanted.values()):
+            count = 1 if self._counts is None else self._counts[i]
+            if states.count(PATH_ABSENT, at, at + count) == count:
                 yield text
             at += count
 
 
-def is_pattern(path: str) -> bool:
-    return any(character in path for character in "*?[\\")
+def path_or_pattern(text: str) -> str | PathPattern:
+    path = normpath("/" + text.lstrip("/"))[1:]
+    if not any(special in path for special in "*?[\\"):
+        return path
+    pattern = PathPattern(path)
+    return pattern if pattern.literal is None else pattern.literal
 
 
-def fixed_folder(pattern: str) -> str:
-    """The directory that everything a pattern can match lies below; "" is the root."""
-    parts = pattern.split("/")[:-1]
-    special = next((i for i, part in enumerate(parts) if is_pattern(part)), len(parts))
-    return "/".join(parts[:special])
-
-
-def outermost(folders: Iterable[str]) -> list[str]:
+def outermost(folders: Iterable[bytes]) -> list[bytes]:
     """Those that lie below no other one."""
-    kept: list[str] = []
-    for folder in sorted(set(folders), key=lambda name: name.split("/") if name else []):
-        if not kept or not is_below(folder, kept[-1]):
+    kept: list[bytes] = []
+    for folder in sorted(folders, key=lambda folder: folder + b"/" if folder else b""):
+        if not kept or not is_within(folder, kept[-1]):
             kept.append(folder)
     return kept
 
 
-def is_below(path: str, folder: str) -> bool:
-    return not folder or path.startswith(folder + "/")
+def is_within(path: bytes, folder: bytes) -> bool:
+    return not folder or path == folder or path.startswith(folder + b"/")
 
 
-def resolve_pattern(pattern: str, listings: dict[str, bytes]) -> list[str]:
-    """What a pattern means: the path of just that name, if there is one, or else all that it matches."""
-    listing = next(names for folder, names in listings.items() if is_below(fixed_folder(pattern) + "/", folder))
-    name = os.fsencode(pattern) + b"\0"
-    if listing.startswith(name) or b"\0" + name in listing:
-        return [pattern]
-    return matches(pattern, (os.fsdecode(found[0]) for found in re.finditer(rb"[^\0]+", listing)))
+def resolved(pattern: PathPattern, listings: dict[bytes, list[bytes]]) -> list[bytes]:
+    """What a pattern means: the path of just that name, if there is one, or else all that it matches, in order."""
+    names = next(names for folder, names in listings.items() if is_within(pattern.folder, folder))
+    itself = os.fsencode(pattern.text)
+    at = bisect_left(names, itself)
+    if names[at : at + 1] == [itself]:
+        return [itself]
+    prefix = os.fsencode(pattern.prefix)
+    first = bisect_left(names, prefix)
+    last = bisect_left(names, True, lo=first, key=lambda name: name[: len(prefix)] > prefix)
+    return [name for name in names[first:last] if pattern.matches(os.fsdecode(name))]
 
 
-def matches(pattern: str, names: Iterable[str]) -> list[str]:
-    return list(filter(re.compile(pattern_expression(pattern), re.DOTALL).fullmatch, names))
+@dataclass(frozen=True, slots=True)
+class PathPattern:
+    """A pattern of paths: ``*``, ``?`` and ``[...]`` stay within a name, ``**`` crosses directories."""
+
+    text: str
+    literal: str | None = field(init=False, compare=False)
+    """The only path that matches, if there is but one."""
+    prefix: str = field(init=False, compare=False)
+    """What all that matches begins with."""
+    _regex: re.Pattern[str] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        expression, prefix, fixed = "", "", True
+        for token in TOKEN.finditer(self.text):
+            plain = token["plain"]
+            fixed = fixed and plain is not None
+            prefix += plain if fixed else ""
+            expression += re.escape(plain) if plain is not None else expression_of(token[0])
+        object.__setattr__(self, "literal", prefix if fixed else None)
+        object.__setattr__(self, "prefix", prefix)
+        object.__setattr__(self, "_regex", re.compile(expression, re.DOTALL))
+
+    @property
+    def folder(self) -> bytes:
+        """The directory that all that matches lies below; empty for the root."""
+        return os.fsencode(self.prefix.rpartition("/")[0])
+
+    def matches(self, name: str) -> bool:
+        return self._regex.fullmatch(name) is not None
 
 
-def pattern_expression(pattern: str) -> str:
-    """The regular expression of a pattern: ``*`` and ``?`` stay within a name, ``**`` crosses directories."""
-    tokens = re.compile(
-        r"(?P<deep>\*\*/?)|(?P<star>\*)|(?P<any>\?)|(?P<set>\[[!^]?\]?[^\]/]*\])|\\?(?P<plain>.)", re.DOTALL
-    )
-    expression = ""
-    for token in tokens.finditer(pattern):
-        if token["deep"]:
-            expression += "(?:.*/)?" if token["deep"].endswith("/") else ".*"
-        elif token["star"]:
-            expression += "[^/]*"
-        elif token["any"]:
-            expression += "[^/]"
-        elif token["set"]:
-            negated = token["set"][1] in "!^"
-            body = token["set"][2 if negated else 1 : -1].replace("\\", "\\\\").replace("[", "\\[").replace("]", "\\]")
-            expression += f"(?!/)[{'^' if negated else ''}{body}]"
-        else:
-            expression += re.escape(token["plain"])
-    return expression
+TOKEN = re.compile(r"\*\*/?|\*|\?|\[[!^]?\]?[^\]/]*\]|\\?(?P<plain>.)", re.DOTALL)
+
+
+def expression_of(wildcard: str) -> str:
+    if wildcard.startswith("["):
+        negated = wildcard[1] in "!^"
+        members = re.sub(r"([\[\]\\&~|^])", r"\\\1", wildcard[2 if negated else 1 : -1])
+        return f"(?!/)[{'^' if negated else ''}{members}]"
+    return {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}[wildcard]

@@ -90,7 +90,8 @@ class TreeSource:
 def fill_in_order(builder: LayerBuilder, walk: _walk.TreeWalk, priority: Priority) -> tuple[str, ...]:
     """Lets a walk write what comes first, the landmark, and the rest; returns what is missing of the first."""
     paths = priority.resolve(walk.names_below)
-    priority.missing(walk.look_up(paths))  # raises before anything is written
+    if not priority.allow_missing:
+        priority.missing(walk.look_up(paths))  # raises before anything is written
     states = walk.write_first(paths)
     builder.end_prefetch(PREFETCH_LANDMARK, LANDMARK_PAYLOAD)
     walk.run()
