@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import posixpath
 import random
 import resource
 import shutil
@@ -32,7 +33,6 @@ from trees import CAPABILITY, NAMES, TIME, WHOLE, RandomTree, Tree
 
 import estargz
 from estargz import ChangedError, Layer, SinkError, SourceError, TarError, UsageError
-from estargz.reading.toc import clean_name
 from estargz.writing import source as sources
 
 pytestmark = pytest.mark.timeout(120)
@@ -54,8 +54,17 @@ def built(source: Any, *prefetch: str, **options: Any) -> tuple[Layer, list[str]
 
 def names_in(layer: Layer, blob: bytes) -> list[str]:
     estargz.verify(blob, toc_digest=layer.toc_digest, diff_id=layer.diff_id)
-    with estargz.open(blob) as opened:
-        return [entry.name for entry in opened.entries if entry.type != "chunk"]
+    return [entry["name"] for entry in toc_of(blob)]
+
+
+def toc_of(blob: bytes) -> list[dict[str, Any]]:
+    """The entries of a blob's table of contents, without those of further chunks."""
+    text = gzip.decompress(blob[int(blob[-35:-19], 16) :])[512:].rstrip(b"\0")
+    return [entry for entry in json.loads(text)["entries"] if entry["type"] != "chunk"]
+
+
+def clean(path: str) -> str:
+    return posixpath.normpath("/" + path.lstrip("/"))[1:]
 
 
 def ahead(names: Sequence[str]) -> list[str]:
@@ -81,7 +90,7 @@ def as_go(peer: Path, folder: Path, tar: bytes, wanted: Sequence[str], *, allow_
     how = ["-how", "build", "-workers", "1", "-prioritized", folder / "list"]
     theirs = report(peer, "blob", *how, *flags, folder / "in.tar", folder / "theirs")
     assert go_entries(peer, folder / "ours") == go_entries(peer, folder / "theirs")
-    assert {*map(clean_name, layer.missing)} == {*map(clean_name, theirs.get("missed", []))}
+    assert {*map(clean, layer.missing)} == {*map(clean, theirs.get("missed", []))}
     return layer
 
 
@@ -196,12 +205,12 @@ def members(tar: bytes) -> list[tarfile.TarInfo]:
 
 
 def has_a_name_twice(tar: bytes) -> bool:
-    names = [clean_name(info.name) for info in members(tar)]
+    names = [clean(info.name) for info in members(tar)]
     return len(set(names)) < len(names)
 
 
 def links_in_a_circle(tar: bytes) -> bool:
-    links = {clean_name(info.name): clean_name(info.linkname) if info.islnk() else None for info in members(tar)}
+    links = {clean(info.name): clean(info.linkname) if info.islnk() else None for info in members(tar)}
     for name in links:
         seen: set[str] = set()
         at: str | None = name
@@ -497,16 +506,16 @@ def test_random_trees(seed: int, no_whiteout_names: None, scratch: Path) -> None
         layer, names, facts = same_but_for_order(scratch / "upper", wanted, lower=lower, **options)
         check_missing(layer, wanted, scratch / "upper", facts)
         if lower is None:
-            early = {clean_name(name) for name in ahead(names)}
-            present = {clean_name(path) for path in wanted if path not in layer.missing and "*" not in path} - {""}
+            early = {clean(name) for name in ahead(names)}
+            present = {clean(path) for path in wanted if path not in layer.missing and "*" not in path} - {""}
             assert len(early) >= len(present)  # names that are no UTF-8 are others in the table
 
 
 def check_missing(layer: Layer, wanted: Sequence[str], upper: Path, facts: Facts) -> None:
     for path in wanted:
         if "*" not in path:
-            there = clean_name(path) in facts and os.path.lexists(upper / clean_name(path))
-            assert (path in layer.missing) == (not there and clean_name(path) != ""), path
+            there = clean(path) in facts and os.path.lexists(upper / clean(path))
+            assert (path in layer.missing) == (not there and clean(path) != ""), path
 
 
 @pytest.mark.parametrize("seed", range(25))
@@ -541,8 +550,7 @@ def test_hard_links_in_a_tree(tree: Tree) -> None:
     tree.link("b/second", "a/first")
     tree.link("c", "a/first")
     blob = blob_of(tree.root, prefetch=["c"])[1]
-    with estargz.open(blob) as opened:
-        found = {entry.name: (entry.type, entry.link_name) for entry in opened.entries}
+    found = {entry["name"]: (entry["type"], entry.get("linkName", "")) for entry in toc_of(blob)}
     assert list(found) == ["c", LANDMARK, "a/", "a/first", "b/", "b/second"]
     assert found["c"] == ("reg", "")
     assert found["a/first"] == found["b/second"] == ("hardlink", "c")
@@ -649,11 +657,11 @@ def test_range_holds_all_that_came_first(options: dict[str, Any], tree: Tree, pe
     wanted = ["d/29", "d/03", "d/1*"]
     layer = estargz.build(tree.root, scratch / "blob", prefetch=wanted, **options)
     assert layer.prefetch_size is not None
-    with estargz.open(scratch / "blob") as opened:
-        landmark = next(entry for entry in opened.entries if entry.name == LANDMARK)
-        stream = opened.open_tar().read()
-        assert (landmark.offset, landmark.inner_offset, landmark.size) == (layer.prefetch_size, 0, 1)
-    inflated = inflate((scratch / "blob").read_bytes()[: layer.prefetch_size])
+    blob = (scratch / "blob").read_bytes()
+    landmark = next(entry for entry in toc_of(blob) if entry["name"] == LANDMARK)
+    assert (landmark["offset"], landmark.get("innerOffset"), landmark["size"]) == (layer.prefetch_size, None, 1)
+    stream = gzip.decompress(blob)
+    inflated = inflate(blob[: layer.prefetch_size])
     assert stream.startswith(inflated)
     assert stream[len(inflated)] == 0x0F
     with tarfile.open(fileobj=io.BytesIO(inflated + END)) as archive:
@@ -842,8 +850,7 @@ def test_command(tree: Tree, tmp_path: Path) -> None:
     layer = estargz.build(tree.root, tmp_path / "same", prefetch=["top.so", "lib/*.so"])
     assert json.loads(done.stdout) == layer.descriptor() | {"prefetchSize": layer.prefetch_size, "missing": []}
     info = subprocess.run([*PROGRAM[:-1], "info", "--json", tmp_path / "blob"], capture_output=True, check=True)
-    facts = json.loads(info.stdout)
-    assert (facts["landmark"], facts["prefetch_size"]) == ("prefetch", layer.prefetch_size)
+    assert json.loads(info.stdout)["landmark"] == "prefetch"
 
 
 def test_command_with_missing_paths(tree: Tree, tmp_path: Path) -> None:
@@ -870,6 +877,28 @@ def test_command_lists_a_hundred_missing_paths(tree: Tree, tmp_path: Path) -> No
     assert len(done.stderr.splitlines()) == 101
     assert done.stderr.splitlines()[-1] == "estargz: warning: and 50 more; --json lists them all"
     assert len(json.loads(done.stdout)["missing"]) == 150
+
+
+def test_command_with_records(tree: Tree, tmp_path: Path) -> None:
+    pytest.importorskip("estargz.writing.access_log")
+    pattern_tree(tree)
+    (tmp_path / "record").write_text('{"path": "/pages/[slug].js"}\n{"path": "lib/a.py"}\n')
+    (tmp_path / "list").write_text("# libraries\n/lib/*.so\nlib/gone\n")
+    records = ["--record-in", tmp_path / "record", "--record-in", tmp_path / "list"]
+    done = run(
+        tree.root, "-o", tmp_path / "blob", *records, "--prefetch", "top.so", "--allow-missing", "--quiet", "--json"
+    )
+    assert (done.returncode, json.loads(done.stdout)["missing"]) == (0, ["lib/gone"])
+    names = [entry["name"] for entry in toc_of((tmp_path / "blob").read_bytes())]
+    assert [name for name in ahead(names) if not name.endswith("/")] == [
+        "top.so",
+        "pages/[slug].js",
+        "lib/a.py",
+        "lib/a.so",
+        "lib/b.so",
+    ]
+    done = run(tree.root, "-o", tmp_path / "blob", "--record-in", tmp_path / "nowhere")
+    assert (done.returncode, done.stderr) == (1, f"estargz: error: {tmp_path}/nowhere: No such file or directory\n")
 
 
 def test_command_from_a_pipe(tmp_path: Path) -> None:

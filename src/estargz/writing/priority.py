@@ -56,10 +56,10 @@ class Priority:
 
     def resolve(self, names_below: NamesBelow) -> bytes:
         """The paths, each followed by a NUL; a pattern gives those that it matches."""
-        folders = {pattern.folder for pattern in self._wanted if isinstance(pattern, PathPattern)}
+        folders = {folder_of(pattern) for pattern in self._wanted if isinstance(pattern, PathPattern)}
         if not folders:
             return b"".join(os.fsencode(str(path)) + b"\0" for path in self._wanted)
-        listings = {folder: sorted(names_below(folder).split(b"\0")[:-1]) for folder in outermost(folders)}
+        listings = {folder: in_order(names_below(folder)) for folder in outermost(folders)}
         parts, counts = [], array("q")
         for wish in self._wanted:
             found = [os.fsencode(wish)] if isinstance(wish, str) else resolved(wish, listings)
@@ -100,6 +100,11 @@ def path_or_pattern(text: str) -> str | PathPattern:
     return pattern if pattern.literal is None else pattern.literal
 
 
+def folder_of(pattern: PathPattern) -> bytes:
+    """The directory that all that matches lies below; empty for the root."""
+    return os.fsencode(pattern.prefix.rpartition("/")[0])
+
+
 def outermost(folders: Iterable[bytes]) -> list[bytes]:
     """Those that lie below no other one."""
     kept: list[bytes] = []
@@ -113,17 +118,36 @@ def is_within(path: bytes, folder: bytes) -> bool:
     return not folder or path == folder or path.startswith(folder + b"/")
 
 
-def resolved(pattern: PathPattern, listings: dict[bytes, list[bytes]]) -> list[bytes]:
+def in_order(names: bytes) -> bytes:
+    """Names in byte order, a NUL in front of each and at the end."""
+    return b"\0".join([b"", *sorted(names.split(b"\0")[:-1]), b""])
+
+
+def resolved(pattern: PathPattern, listings: dict[bytes, bytes]) -> list[bytes]:
     """What a pattern means: the path of just that name, if there is one, or else all that it matches, in order."""
-    names = next(names for folder, names in listings.items() if is_within(pattern.folder, folder))
+    names = next(names for folder, names in listings.items() if is_within(folder_of(pattern), folder))
     itself = os.fsencode(pattern.text)
-    at = bisect_left(names, itself)
-    if names[at : at + 1] == [itself]:
+    if b"\0" + itself + b"\0" in names:
         return [itself]
     prefix = os.fsencode(pattern.prefix)
-    first = bisect_left(names, prefix)
-    last = bisect_left(names, True, lo=first, key=lambda name: name[: len(prefix)] > prefix)
-    return [name for name in names[first:last] if pattern.matches(os.fsdecode(name))]
+    span = range(len(names) - 1)
+    first = bisect_left(span, prefix, key=lambda at: name_at(at, names))
+    last = bisect_left(span, True, lo=first, key=lambda at: name_at(at, names)[: len(prefix)] > prefix)
+    needle = b"\0" if pattern.needle in pattern.prefix else os.fsencode(pattern.needle)
+    return [name for name in names_with(needle, names, first, last) if pattern.matches(os.fsdecode(name))]
+
+
+def name_at(at: int, names: bytes) -> bytes:
+    begin = names.rfind(b"\0", 0, at + 1) + 1
+    return names[begin : names.index(b"\0", begin)]
+
+
+def names_with(needle: bytes, names: bytes, at: int, end: int) -> Iterator[bytes]:
+    """Those that begin in names[at:end] and have the needle in them, or behind the NUL in front of them."""
+    while at < end and (found := names.find(needle, at, end)) >= 0:
+        name = name_at(found, names)
+        yield name
+        at = names.index(b"\0", found + 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,23 +159,22 @@ class PathPattern:
     """The only path that matches, if there is but one."""
     prefix: str = field(init=False, compare=False)
     """What all that matches begins with."""
+    needle: str = field(init=False, compare=False)
+    """The longest text that is in all that matches."""
     _regex: re.Pattern[str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        expression, prefix, fixed = "", "", True
+        expression, prefix, pieces, fixed = "", "", [""], True
         for token in TOKEN.finditer(self.text):
             plain = token["plain"]
             fixed = fixed and plain is not None
             prefix += plain if fixed else ""
+            pieces = [*pieces[:-1], pieces[-1] + plain] if plain is not None else [*pieces, ""]
             expression += re.escape(plain) if plain is not None else expression_of(token[0])
         object.__setattr__(self, "literal", prefix if fixed else None)
         object.__setattr__(self, "prefix", prefix)
+        object.__setattr__(self, "needle", max(pieces, key=len))
         object.__setattr__(self, "_regex", re.compile(expression, re.DOTALL))
-
-    @property
-    def folder(self) -> bytes:
-        """The directory that all that matches lies below; empty for the root."""
-        return os.fsencode(self.prefix.rpartition("/")[0])
 
     def matches(self, name: str) -> bool:
         return self._regex.fullmatch(name) is not None
