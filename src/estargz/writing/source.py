@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import stat
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import IO, Any, Protocol
@@ -178,21 +177,23 @@ def fill_from_places(
 @contextmanager
 def spooled(source: Rejoined, kind: str, name: str) -> Iterator[IO[bytes]]:
     """A file without a name that holds a stream's tar, positioned at its end. Raises SinkError when it finds no room."""
+    import tempfile  # slow, and rarely wanted
+
     inflated = InflateReader(source, kind, name=name)
     piece = memoryview(bytearray(PIECE_SIZE))
     with tempfile.TemporaryFile(prefix="estargz-", buffering=0) as spool:
         while size := inflated.readinto(piece):
-            keep(spool, piece[:size])
+            keep(spool, piece[:size], tempfile.gettempdir())
         yield spool
 
 
-def keep(spool: IO[bytes], data: memoryview) -> None:
+def keep(spool: IO[bytes], data: memoryview, folder: str) -> None:
     try:
         while data:
             data = data[spool.write(data) :]
     except OSError as error:
         raised = SinkError(
-            f"{tempfile.gettempdir()}: the uncompressed tar cannot be kept there meanwhile: {error.strerror}; "
+            f"{folder}: the uncompressed tar cannot be kept there meanwhile: {error.strerror}; "
             "free some space, set TMPDIR, or build from a plain tar file"
         )
         raised.errno = error.errno
