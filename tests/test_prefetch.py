@@ -880,7 +880,6 @@ def test_command_lists_a_hundred_missing_paths(tree: Tree, tmp_path: Path) -> No
 
 
 def test_command_with_records(tree: Tree, tmp_path: Path) -> None:
-    pytest.importorskip("estargz.writing.access_log")
     pattern_tree(tree)
     (tmp_path / "record").write_text('{"path": "/pages/[slug].js"}\n{"path": "lib/a.py"}\n')
     (tmp_path / "list").write_text("# libraries\n/lib/*.so\nlib/gone\n")

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from types import FrameType
 from typing import Any
 
@@ -20,6 +19,7 @@ import click
 from estargz.errors import UsageError
 from estargz.layer import MEDIA_TYPES, Layer
 from estargz.options import DEFAULT_CHUNK_SIZE, DEFAULT_LEVEL, MAX_LEVEL, Progress, parse_size
+from estargz.writing.access_log import AccessLog, read_access_log
 from estargz.writing.building import build
 from estargz.writing.sink import DescriptorSink
 
@@ -112,7 +112,7 @@ def command(
             lower=lower,
             overlay_lower=overlay_lower or None,
             landmark=not no_landmark,
-            prefetch=[*prefetch, *(path for log in record_in for path in read_access_log(log))],
+            prefetch=[*prefetch, *(path for log in record_in for path in recorded(log))],
             allow_missing=allow_missing,
             source_date_epoch=epoch_from_environment(),
             progress=progress,
@@ -134,8 +134,13 @@ def warn_of(missing: Sequence[str]) -> None:
         click.echo(f"estargz: warning: and {len(missing) - WARNINGS} more; --json lists them all", err=True)
 
 
-def read_access_log(log: str) -> list[str]:
-    paths: list[str] = import_module("estargz.writing.access_log").read_access_log(log)
+def recorded(log: str) -> AccessLog:
+    """The paths of a log; those that it does not tell are counted aloud."""
+    paths = read_access_log(log)
+    if paths.unresolved:
+        click.echo(
+            f"estargz: warning: {log}: {paths.unresolved} paths are relative to what the log does not tell", err=True
+        )
     return paths
 
 

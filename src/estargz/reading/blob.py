@@ -164,15 +164,15 @@ class Blob:
 
     @cached_property
     def landmark(self) -> str | None:
-        """ "prefetch", "no-prefetch", or None when the layer has no landmark."""
-        found = [kind for name, kind in LANDMARKS.items() if self._is_file(name)]
-        return found[0] if found else None
+        """ "prefetch", "no-prefetch", or None when the layer has no landmark. With both nothing is prefetched."""
+        found = {kind for name, kind in LANDMARKS.items() if self._is_file(name)}
+        return next((kind for kind in ("no-prefetch", "prefetch") if kind in found), None)
 
     @cached_property
     def prefetch_size(self) -> int:
         """Bytes at the beginning of the blob that a runtime fetches ahead: up to the prefetch landmark; 0 without one."""
         name = next(name for name, kind in LANDMARKS.items() if kind == "prefetch")
-        return self.lookup(name).offset if self._is_file(name) else 0
+        return self.lookup(name).offset if self.landmark == "prefetch" else 0
 
     def whiteouts(self) -> list[str]:
         """Paths that the layer removes from those below it, in the order of the table."""

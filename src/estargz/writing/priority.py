@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from posixpath import normpath
 
 from estargz.errors import UsageError
+from estargz.writing.access_log import PathPattern
 
 __all__ = ["LANDMARK_PAYLOAD", "NO_PREFETCH_LANDMARK", "PREFETCH_LANDMARK", "Priority"]
 
@@ -148,44 +147,3 @@ def names_with(needle: bytes, names: bytes, at: int, end: int) -> Iterator[bytes
         name = name_at(found, names)
         yield name
         at = names.index(b"\0", found + 1)
-
-
-@dataclass(frozen=True, slots=True)
-class PathPattern:
-    """A pattern of paths: ``*``, ``?`` and ``[...]`` stay within a name, ``**`` crosses directories."""
-
-    text: str
-    literal: str | None = field(init=False, compare=False)
-    """The only path that matches, if there is but one."""
-    prefix: str = field(init=False, compare=False)
-    """What all that matches begins with."""
-    needle: str = field(init=False, compare=False)
-    """The longest text that is in all that matches."""
-    _regex: re.Pattern[str] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        expression, prefix, pieces, fixed = "", "", [""], True
-        for token in TOKEN.finditer(self.text):
-            plain = token["plain"]
-            fixed = fixed and plain is not None
-            prefix += plain if fixed else ""
-            pieces = [*pieces[:-1], pieces[-1] + plain] if plain is not None else [*pieces, ""]
-            expression += re.escape(plain) if plain is not None else expression_of(token[0])
-        object.__setattr__(self, "literal", prefix if fixed else None)
-        object.__setattr__(self, "prefix", prefix)
-        object.__setattr__(self, "needle", max(pieces, key=len))
-        object.__setattr__(self, "_regex", re.compile(expression, re.DOTALL))
-
-    def matches(self, name: str) -> bool:
-        return self._regex.fullmatch(name) is not None
-
-
-TOKEN = re.compile(r"\*\*/?|\*|\?|\[[!^]?\]?[^\]/]*\]|\\?(?P<plain>.)", re.DOTALL)
-
-
-def expression_of(wildcard: str) -> str:
-    if wildcard.startswith("["):
-        negated = wildcard[1] in "!^"
-        members = re.sub(r"([\[\]\\&~|^])", r"\\\1", wildcard[2 if negated else 1 : -1])
-        return f"(?!/)[{'^' if negated else ''}{members}]"
-    return {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}[wildcard]
