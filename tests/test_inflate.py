@@ -283,6 +283,36 @@ def test_damage_is_judged_as_zlib_does(seed: int) -> None:
         assert found == wanted, f"seed {seed}: {bytes(damaged).hex()}"
 
 
+def outcome(stream: bytes, kind: str, room: int, given: int) -> tuple[int, str]:
+    """Bytes in whole buffers of ``room`` in front of the end or error, and which it is, when ``given`` come at a time."""
+
+    class Drips(io.BytesIO):
+        def readinto(self, buffer: Any) -> int:
+            return super().readinto(memoryview(buffer)[:given])
+
+    reader = InflateReader(Drips(stream), kind)
+    out, count = bytearray(room), 0
+    try:
+        while reader.readinto(out) == room:
+            count += room
+    except SourceError as error:
+        return count, str(error)
+    return count, "no error"
+
+
+@pytest.mark.parametrize("kind", ["gzip", "zstd"])
+def test_an_error_does_not_depend_on_the_sizes_of_buffers(kind: str) -> None:
+    rng = random.Random(1951)
+    for _ in range(60):
+        data = rng.choice([TEXT[: rng.randrange(1, 90_000)], NOISE[: rng.randrange(1, 200_000)], bytes(300_000)])
+        stream = bytearray(member(data, rng.randrange(10)) if kind == "gzip" else frame(data, write_checksum=True))
+        stream[rng.randrange(4, len(stream))] ^= 1 << rng.randrange(8)
+        small = {outcome(bytes(stream), kind, 512, given) for given in (97, 4096, 1 << 20)}
+        large = {outcome(bytes(stream), kind, 65536, given) for given in (97, 4096, 1 << 20)}
+        assert len(small) == 1
+        assert large == {(count // 65536 * 65536, error) for count, error in small}
+
+
 # --- zstd
 
 

@@ -20,9 +20,13 @@ ctypedef struct decoder:
     # options, set after decoder_open
     bint single               # end after the first member
     bint strict               # refuse zero padding after the last member
+    bint pauses               # gzip: return where a member has ended; the next run goes on with what follows it
     # private
     void *library             # struct inflate_state or ZSTD_DCtx
     uint32_t length           # ISIZE so far
+    int64_t unit_at           # zstd: where the block at hand begins, or the header,
+    size_t unit_left          # and how many of its bytes are still to come
+    bint flushing             # zstd: the output was full, there may be more of the last block
     uint32_t header_crc
     uint32_t have             # bytes gathered of the field at hand
     uint32_t want_extra
@@ -38,5 +42,7 @@ cdef void decoder_restart(decoder *d) noexcept nogil
 # (decoder_at_end) or more input is needed. A negative status leaves the bytes in out undefined.
 cdef int decoder_run(decoder *d, uint8_t *out, size_t room, size_t *made) noexcept nogil
 cdef bint decoder_at_end(const decoder *d) noexcept nogil
+# Between two members, where decoder_run may be told to pause.
+cdef bint decoder_at_border(const decoder *d) noexcept nogil
 # finish: there is no more input; EST_OK or why the stream is incomplete.
 cdef int decoder_finish(const decoder *d) noexcept nogil

@@ -47,6 +47,9 @@ cdef extern from "<isa-l/igzip_lib.h>" nogil:
         int block_state
         uint32_t crc_flag
         uint32_t crc
+        int32_t tmp_out_valid      # bytes that were inflated ahead of next_out,
+        int32_t tmp_out_processed  # and how many of them were handed out
+        uint8_t tmp_out_buffer[1]
     void isal_inflate_init(inflate_state *state)
     void isal_inflate_reset(inflate_state *state)
     int isal_inflate(inflate_state *state)
@@ -82,6 +85,7 @@ cdef enum:
     INPUT_BLOCK = 262144      # bytes per read of the compressed side
     OUTPUT_BLOCK = 262144     # bytes inflated between two hash updates
     CALL_MAX = 1 << 30        # the libraries count in 32 bits
+    ZSTD_FIRST_UNIT = 5       # magic number and the byte that says how long the frame's header is
     WINDOW_LOG_MAX = 27       # zstd: 128 MiB, what `zstd --long` makes and every decoder accepts
     EST_ZSTD_WINDOW = -1000   # private: the frame wants a larger window
     DIGEST_DIFFERS = 1        # private, of a chunk job: inflated, but not to the bytes that the digest promises
@@ -90,7 +94,7 @@ cdef enum:
 # What a decoder expects next. gzip: RFC 1952, section 2.3, field by field.
 cdef enum stage_kind:
     STAGE_START, STAGE_FIXED, STAGE_EXTRA_LENGTH, STAGE_EXTRA, STAGE_NAME, STAGE_COMMENT, STAGE_HEADER_CRC
-    STAGE_BODY, STAGE_TRAILER, STAGE_BORDER, STAGE_PADDING, STAGE_END
+    STAGE_BODY, STAGE_DAMAGED, STAGE_TRAILER, STAGE_BORDER, STAGE_PADDING, STAGE_END
 
 cdef enum header_flag:
     FLAG_HEADER_CRC = 2
@@ -153,6 +157,10 @@ cdef bint decoder_at_end(const decoder *d) noexcept nogil:
     return d.stage == STAGE_END
 
 
+cdef bint decoder_at_border(const decoder *d) noexcept nogil:
+    return d.stage == STAGE_BORDER
+
+
 cdef int decoder_finish(const decoder *d) noexcept nogil:
     if d.kind == KIND_PLAIN or d.stage >= STAGE_BORDER and d.avail_in == 0:
         return EST_OK
@@ -182,10 +190,16 @@ cdef int run_gzip(decoder *d, uint8_t *out, size_t room, size_t *made) noexcept 
             status = gzip_body(d, out, room, made)
             if d.stage == STAGE_BODY and (made[0] == room or d.avail_in == 0):
                 return status
+        elif d.stage == STAGE_DAMAGED:
+            if made[0] == room:
+                return EST_OK
+            status = gzip_rest(d, out, room, made)
         elif d.stage == STAGE_END or d.avail_in == 0:
             return EST_OK
         elif d.stage == STAGE_TRAILER:
             status = gzip_trailer(d)
+            if d.stage == STAGE_BORDER and d.pauses:
+                return status
         elif d.stage == STAGE_BORDER or d.stage == STAGE_PADDING:
             status = gzip_border(d)
         else:
@@ -197,17 +211,22 @@ cdef int gzip_body(decoder *d, uint8_t *out, size_t room, size_t *made) noexcept
     """Inflate until the output is full, the input is used up and nothing is pending, or the deflate stream ends."""
     cdef inflate_state *state = <inflate_state *> d.library
     cdef size_t used, fresh, back
+    cdef bint damaged
     while made[0] < room:
         state.next_in = d.next_in
         state.avail_in = <uint32_t> min(d.avail_in, <size_t> CALL_MAX)
         state.next_out = out + made[0]
         state.avail_out = <uint32_t> min(room - made[0], <size_t> CALL_MAX)
-        if isal_inflate(state) != 0:
-            advance(d, state.next_in - d.next_in)
-            return EST_GZIP_DATA
+        damaged = isal_inflate(state) != 0
         used = state.next_in - d.next_in
         fresh = state.next_out - (out + made[0])
         made[0] += fresh
+        if damaged:
+            advance(d, used)
+            # How far it reads ahead depends on the sizes of the buffers, where the damage is does not.
+            d.taken -= max(state.read_in_length, 0) // 8
+            d.stage = STAGE_DAMAGED
+            return EST_OK
         d.length += <uint32_t> fresh
         advance(d, used)
         if state.block_state == ISAL_BLOCK_FINISH:
@@ -221,6 +240,16 @@ cdef int gzip_body(decoder *d, uint8_t *out, size_t room, size_t *made) noexcept
         if used == 0 and fresh == 0:
             return EST_GZIP_DATA if d.avail_in else EST_OK
     return EST_OK
+
+
+cdef int gzip_rest(decoder *d, uint8_t *out, size_t room, size_t *made) noexcept nogil:
+    """What was inflated in front of damaged data, then the error: the same bytes whatever the sizes of the buffers."""
+    cdef inflate_state *state = <inflate_state *> d.library
+    cdef size_t count = min(room - made[0], <size_t> (state.tmp_out_valid - state.tmp_out_processed))
+    memcpy(out + made[0], state.tmp_out_buffer + state.tmp_out_processed, count)
+    state.tmp_out_processed += <int32_t> count
+    made[0] += count
+    return EST_OK if made[0] == room else EST_GZIP_DATA
 
 
 cdef bint gather(decoder *d, uint32_t want) noexcept nogil:
@@ -346,17 +375,29 @@ cdef int run_zstd(decoder *d, uint8_t *out, size_t room, size_t *made) noexcept 
             if not zstd_magic(d.next_in):
                 return EST_TRAILING_GARBAGE if d.members else EST_ZSTD_DATA
             d.stage = STAGE_BODY
-        source.src, source.size, source.pos = d.next_in, d.avail_in, 0
+            d.unit_at = d.taken
+            d.unit_left = ZSTD_FIRST_UNIT
+            d.flushing = False
+        # No more than zstd wants for its next step, which is a block, and that only when it has given out the last one: so
+        # neither what comes in front of an error nor the error's offset depends on the sizes of the buffers.
+        source.src, source.size, source.pos = d.next_in, 0 if d.flushing else min(d.avail_in, d.unit_left), 0
         sink.dst, sink.size, sink.pos = out, room, made[0]
         left = ZSTD_decompressStream(<ZSTD_DCtx *> d.library, &sink, &source)
-        advance(d, source.pos)
         if ZSTD_isError(left):
+            d.taken = d.unit_at
             return zstd_status(left)
+        advance(d, source.pos)
         made[0] = sink.pos
+        d.unit_left -= source.pos
         if left == 0:
             d.members += 1
             d.stage = STAGE_END if d.single else STAGE_BORDER
-        elif sink.pos == room or d.avail_in == 0:
+            continue
+        if d.unit_left == 0:
+            d.unit_at = d.taken
+            d.unit_left = left
+        d.flushing = sink.pos == room
+        if d.flushing or d.avail_in == 0:
             return EST_OK
     return EST_OK
 
