@@ -38,6 +38,7 @@ STAGES: dict[str, tuple[list[str], list[str]]] = {
     "_inflate": (["libisal", "libzstd", "libcrypto"], []),
     "_index": ([], []),
     "_record": ([], []),
+    "_inflate_ahead": ([], []),
 }
 
 

@@ -183,16 +183,13 @@ cdef inline uint32_t little32(const uint8_t *p) noexcept nogil:
 
 cdef int run_gzip(decoder *d, uint8_t *out, size_t room, size_t *made) noexcept nogil:
     cdef int status = EST_OK
-    while status == EST_OK:
+    # Nothing is looked at once the output is full: an error comes when more is asked for than stands in front of it.
+    while status == EST_OK and made[0] < room:
         if d.stage == STAGE_BODY:
-            if made[0] == room:
-                return EST_OK
             status = gzip_body(d, out, room, made)
-            if d.stage == STAGE_BODY and (made[0] == room or d.avail_in == 0):
+            if d.stage == STAGE_BODY and d.avail_in == 0:
                 return status
         elif d.stage == STAGE_DAMAGED:
-            if made[0] == room:
-                return EST_OK
             status = gzip_rest(d, out, room, made)
         elif d.stage == STAGE_END or d.avail_in == 0:
             return EST_OK
@@ -412,7 +409,7 @@ cdef int zstd_status(size_t code) noexcept nogil:
 # ---------------------------------------------------------------------------------------------------------------------
 # streams
 
-_KINDS = {"plain": KIND_PLAIN, "gzip": KIND_GZIP, "zstd": KIND_ZSTD}
+KINDS = {"plain": KIND_PLAIN, "gzip": KIND_GZIP, "zstd": KIND_ZSTD}
 
 
 def detect(prefix):
@@ -428,13 +425,14 @@ def detect(prefix):
     return "plain"
 
 
-def _failure(int status, str name, int64_t offset):
+def stream_error(int status, str name, int64_t offset, int sys_errno=0):
+    """The exception for a decoder's status; offset in compressed bytes."""
     if status == EST_ZSTD_WINDOW:
         return SourceError(
             f"{name}: zstd frame at byte {offset} needs a window over {1 << WINDOW_LOG_MAX} bytes; "
             "compress it again with a smaller --long"
         )
-    return from_status(status, name=name, offset=offset)
+    return from_status(status, sys_errno, name, offset)
 
 
 cdef class InflateReader:
@@ -461,7 +459,7 @@ cdef class InflateReader:
     cdef bint no_more
 
     def __cinit__(self, raw, str kind, *, str name="input", bint single=False, bint strict=False):
-        if kind not in _KINDS:
+        if kind not in KINDS:
             raise ValueError(f'kind must be "gzip", "zstd" or "plain", not {kind!r}')
         self.pull = getattr(raw, "readinto", None)
         self.read_raw = None if self.pull is not None else raw.read
@@ -469,9 +467,9 @@ cdef class InflateReader:
         self.lock = Lock()
         self.storage = bytearray(HISTORY + INPUT_BLOCK)
         self.window = memoryview(self.storage)
-        cdef int status = decoder_open(&self.d, _KINDS[kind])
+        cdef int status = decoder_open(&self.d, KINDS[kind])
         if status != EST_OK:
-            raise _failure(status, name, 0)
+            raise stream_error(status, name, 0)
         self.d.single = single
         self.d.strict = strict
         self.d.next_in = <uint8_t *> PyByteArray_AS_STRING(self.storage) + HISTORY
@@ -545,7 +543,7 @@ cdef class InflateReader:
             with nogil:
                 status = decoder_run(&self.d, out + total, room - total, &made)
             if status != EST_OK:
-                raise _failure(status, self.name, self.d.taken)
+                raise stream_error(status, self.name, self.d.taken)
             total += made
             if total == room or decoder_at_end(&self.d):
                 break
@@ -554,7 +552,7 @@ cdef class InflateReader:
             if self.no_more:
                 status = decoder_finish(&self.d)
                 if status != EST_OK:
-                    raise _failure(status, self.name, self.d.taken + self.d.avail_in)
+                    raise stream_error(status, self.name, self.d.taken + self.d.avail_in)
                 break
         return total
 
