@@ -1,7 +1,8 @@
 from collections.abc import Iterator
 from types import TracebackType
+from typing import Self
 
-from typing_extensions import Buffer, Self
+from typing_extensions import Buffer
 
 from estargz._inflate import _Reads, _ReadsInto
 

@@ -79,6 +79,7 @@ def build(
     if priority is not None and not landmark:
         raise UsageError("prefetching needs the landmark that says how far; leave either out")
     landmark = landmark and compression == "estargz"
+    arguments = options.kernel_arguments()
     with (
         opened(
             open_source(
@@ -88,13 +89,14 @@ def build(
                 epoch=source_date_epoch,
                 landmark=landmark,
                 priority=priority,
+                threads=arguments["threads"],
             )
         ) as stream,
         open_sink(dest) as sink,
     ):
-        # Inflating or waiting for a pipe keeps the caller's thread busy; walking a tree does not.
+        # Waiting for a pipe, or for what is inflated, keeps the caller's thread busy; walking a tree does not.
         builder = LayerBuilder(
-            **options.kernel_arguments(),
+            **arguments,
             producer_helps=not isinstance(stream, TarSource),
             write=sink.target,
             output=sink.name,

@@ -7,10 +7,11 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, TypeGuard
 
 from estargz import _tar_order, _walk
 from estargz._inflate import InflateReader, detect
+from estargz._inflate_ahead import InflateAhead
 from estargz._layer import LayerBuilder
 from estargz.errors import SinkError, SourceError, UsageError
 from estargz.writing.priority import LANDMARK_PAYLOAD, NO_PREFETCH_LANDMARK, PREFETCH_LANDMARK, Priority
@@ -18,6 +19,7 @@ from estargz.writing.priority import LANDMARK_PAYLOAD, NO_PREFETCH_LANDMARK, PRE
 __all__ = ["Readable", "Source", "TarSource", "TreeSource", "open_source"]
 
 PIECE_SIZE = 1 << 20
+TAIL_SIZE = 64  # more than any footer
 
 
 class Readable(Protocol):
@@ -113,14 +115,17 @@ class TarSource:
     """A tar stream: plain, gzip or zstd, told apart by content. An eStargz blob gives the tar it was made from.
 
     ``owned``: the object is closed with the source. With a ``priority`` it is read twice, from a copy in ``$TMPDIR`` unless
-    it is a plain file.
+    it is a plain file. ``threads``: of the build that it is for.
     """
 
-    def __init__(self, readable: Readable, name: str, *, owned: bool, priority: Priority | None) -> None:
+    def __init__(
+        self, readable: Readable, name: str, *, owned: bool, priority: Priority | None, threads: int = 1
+    ) -> None:
         self._readable = readable
         self._name = name
         self._owned = owned
         self._priority = priority
+        self._threads = threads
 
     def fill(self, builder: LayerBuilder) -> tuple[str, ...]:
         builder.input_name = self._name
@@ -135,7 +140,7 @@ class TarSource:
         elif kind == "plain":
             feed_pieces(builder, prefix, self._readable)
         else:
-            feed_compressed(builder, prefix, self._readable, kind, self._name)
+            feed_compressed(builder, prefix, self._readable, kind, self._name, inflating_threads(self._threads))
         builder.end_feed()
         return ()
 
@@ -226,6 +231,11 @@ def raw_descriptor(readable: Readable) -> int | None:
     return readable.fileno() if isinstance(readable, io.FileIO) else None
 
 
+def is_regular(readable: Readable) -> TypeGuard[io.FileIO]:
+    descriptor = raw_descriptor(readable)
+    return descriptor is not None and stat.S_ISREG(os.fstat(descriptor).st_mode)
+
+
 def feed_pieces(builder: LayerBuilder, prefix: bytes, readable: Readable) -> None:
     piece: Any = prefix
     while piece:
@@ -233,38 +243,68 @@ def feed_pieces(builder: LayerBuilder, prefix: bytes, readable: Readable) -> Non
         piece = read_piece(readable, PIECE_SIZE)
 
 
-class Rejoined:
+class CompressedFile:
+    """A compressed regular file whose first bytes were read already, for threads that read it themselves."""
+
+    def __init__(self, prefix: bytes, file: io.FileIO) -> None:
+        self._file = file
+        self._begin = file.tell() - len(prefix)
+
+    def inflate(self, kind: str, name: str, threads: int) -> InflateAhead:
+        return InflateAhead(self._file.fileno(), kind, begin=self._begin, name=name, threads=threads)
+
+    def tail(self, size: int) -> bytes:
+        """The last bytes, of which there are ``size`` altogether; leaves the file read to its end, as others are."""
+        end = self._file.seek(self._begin + size)
+        return os.pread(self._file.fileno(), min(TAIL_SIZE, size), end - min(TAIL_SIZE, size))
+
+
+class CompressedObject:
     """A readable object with the bytes that were read from it to look at them put back in front."""
 
     def __init__(self, prefix: bytes, readable: Readable) -> None:
         self._prefix = prefix
         self._readable = readable
-        self.tail = b""
+        self._tail = b""
+
+    def inflate(self, kind: str, name: str, threads: int) -> InflateAhead:
+        return InflateAhead(self, kind, name=name, threads=threads)
 
     def read(self, size: int) -> bytes:
         if self._prefix:
             data, self._prefix = self._prefix[:size], self._prefix[size:]
         else:
             data = read_piece(self._readable, size)
-        self.tail = (self.tail + data[-64:])[-64:]
+        self._tail = (self._tail + data[-TAIL_SIZE:])[-TAIL_SIZE:]
         return data
 
+    def tail(self, size: int) -> bytes:
+        return self._tail
 
-def feed_compressed(builder: LayerBuilder, prefix: bytes, readable: Readable, kind: str, name: str) -> None:
-    """Inflates in the calling thread, ahead of the threads that compress."""
-    rejoined = Rejoined(prefix, readable)
-    inflated = InflateReader(rejoined, kind, name=name)
+
+def inflating_threads(threads: int) -> int:
+    """Threads that inflate for as many that compress: one inflates about as fast as four compress, and four as fast as the
+    one hash that runs over all of it."""
+    return min((threads + 3) // 4, 4)
+
+
+def feed_compressed(
+    builder: LayerBuilder, prefix: bytes, readable: Readable, kind: str, name: str, threads: int
+) -> None:
+    """Inflates in threads of its own, ahead of the calling one, which splits, and of those that compress."""
+    source = CompressedFile(prefix, readable) if is_regular(readable) else CompressedObject(prefix, readable)
     if kind == "gzip":
         builder.stop_at_toc()
-    piece = memoryview(bytearray(PIECE_SIZE))
-    while size := inflated.readinto(piece):
-        builder.feed(piece[:size])
-    if builder.toc_seen and not has_footer(rejoined.tail):
+    with source.inflate(kind, name, threads) as inflated:
+        for block in inflated.blocks():
+            builder.feed(block)
+        tail = source.tail(inflated.offset)
+    if builder.toc_seen and not has_footer(tail):
         raise SourceError(
             f"{name}: holds stargz.index.json, a name reserved by the eStargz format; "
             "rename it, or decompress the input and use --compression gzip"
         )
-    if kind == "gzip" and has_footer(rejoined.tail) and not (builder.toc_seen and builder.toc_left == 0):
+    if kind == "gzip" and has_footer(tail) and not (builder.toc_seen and builder.toc_left == 0):
         raise SourceError(
             f"{name}: is an eStargz blob whose tar ends in bytes that hide where its table of contents begins; "
             "build from what estargz unpack writes"
@@ -286,8 +326,9 @@ def open_source(
     epoch: int | None,
     landmark: bool,
     priority: Priority | None = None,
+    threads: int = 1,
 ) -> Source:
-    """The source that ``source`` is: a directory, a tar file, or a readable object.
+    """The source that ``source`` is: a directory, a tar file, or a readable object, for a build with so many threads.
 
     Raises:
         UsageError: lower directories are given with a tar, or both kinds of them at once.
@@ -309,11 +350,11 @@ def open_source(
                 source, lowers, overlay=overlay_lower is not None, epoch=epoch, landmark=landmark, priority=priority
             )
         no_lowers(lower, overlay_lower)
-        return TarSource(open_tar(source), os.fspath(source), owned=True, priority=priority)
+        return TarSource(open_tar(source), os.fspath(source), owned=True, priority=priority, threads=threads)
     if not callable(getattr(source, "read", None)):
         raise UsageError(f"a source is a path or an object with read(), not {type(source).__name__}")
     no_lowers(lower, overlay_lower)
-    return TarSource(source, str(getattr(source, "name", "input")), owned=False, priority=priority)
+    return TarSource(source, str(getattr(source, "name", "input")), owned=False, priority=priority, threads=threads)
 
 
 def no_lowers(lower: PathLike | None, overlay_lower: Sequence[PathLike] | None) -> None:
