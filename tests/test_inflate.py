@@ -8,6 +8,7 @@ import io
 import os
 import random
 import shutil
+import struct
 import subprocess
 import tarfile
 import threading
@@ -256,6 +257,24 @@ def test_every_flipped_bit_is_noticed_or_harmless() -> None:
         except SourceError:
             continue
         assert found == data
+
+
+@pytest.mark.parametrize("code", [285, 286, 287])
+@pytest.mark.parametrize("distance", [0, 29, 30, 31])
+def test_codes_without_a_meaning_are_refused(code: int, distance: int) -> None:
+    """The last two codes for lengths and for distances; not every decoder does so, but zlib does."""
+    literals, extra = "10010001" * 32_000, "0" * 13 if distance else ""
+    block = f"110{literals}{0b11000000 + code - 280:08b}{distance:05b}{extra}0000000"
+    packed = bytes(int(block[at : at + 8][::-1], 2) for at in range(0, len(block), 8))
+    data = b"a" * 32_258
+    stream = header(0, b"") + packed + struct.pack("<II", zlib.crc32(data), len(data))
+    if code == 285 and distance in (0, 29):
+        assert inflate(stream) == zlib.decompress(stream, 31) == data
+        return
+    with pytest.raises(zlib.error, match="invalid"):
+        zlib.decompress(stream, 31)
+    with pytest.raises(SourceError, match="bad gzip data"):
+        inflate(stream)
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -38,6 +38,9 @@ cdef extern from "<isa-l/igzip_lib.h>" nogil:
     enum:
         ISAL_GZIP_NO_HDR      # raw deflate; the CRC-32 of the output is kept in state.crc
         ISAL_BLOCK_FINISH
+        ISAL_BLOCK_INPUT_DONE # the deflate stream has ended, but its output is not handed out yet
+        ISAL_INVALID_LOOKBACK
+        ISAL_DEF_HIST_SIZE    # how far back a match may reach
     struct inflate_state:
         uint8_t *next_out
         uint32_t avail_out
@@ -205,24 +208,34 @@ cdef int run_gzip(decoder *d, uint8_t *out, size_t room, size_t *made) noexcept 
 
 
 cdef int gzip_body(decoder *d, uint8_t *out, size_t room, size_t *made) noexcept nogil:
-    """Inflate until the output is full, the input is used up and nothing is pending, or the deflate stream ends."""
+    """Inflate until the output is full, the input is used up and nothing is pending, or the deflate stream ends.
+
+    What is inflated in front of damage must not depend on how the bytes come and go, but libisal counts a match that
+    reaches too far back in or not, depending on that. Such a match can only stand in a member's first 32 KiB. So these are
+    kept back until they are complete, and dropped if they are not to be. The offset of damage does not depend on it either,
+    but for the header of a deflate block that the end of a read cuts in two: then it may be some bytes early.
+    """
     cdef inflate_state *state = <inflate_state *> d.library
     cdef size_t used, fresh, back
-    cdef bint damaged
+    cdef int outcome
+    cdef bint keeps_back
     while made[0] < room:
         state.next_in = d.next_in
         state.avail_in = <uint32_t> min(d.avail_in, <size_t> CALL_MAX)
         state.next_out = out + made[0]
-        state.avail_out = <uint32_t> min(room - made[0], <size_t> CALL_MAX)
-        damaged = isal_inflate(state) != 0
+        keeps_back = (d.length == 0 and state.tmp_out_valid < ISAL_DEF_HIST_SIZE
+                      and state.block_state != ISAL_BLOCK_INPUT_DONE)
+        state.avail_out = 0 if keeps_back else <uint32_t> min(room - made[0], <size_t> CALL_MAX)
+        outcome = isal_inflate(state)
         used = state.next_in - d.next_in
         fresh = state.next_out - (out + made[0])
         made[0] += fresh
-        if damaged:
+        if outcome != 0:
             advance(d, used)
-            # How far it reads ahead depends on the sizes of the buffers, where the damage is does not.
-            d.taken -= max(state.read_in_length, 0) // 8
+            d.taken -= max(state.read_in_length, 0) // 8    # what is read ahead
             d.stage = STAGE_DAMAGED
+            if keeps_back and (outcome == ISAL_INVALID_LOOKBACK or state.tmp_out_valid < ISAL_DEF_HIST_SIZE):
+                state.tmp_out_processed = state.tmp_out_valid
             return EST_OK
         d.length += <uint32_t> fresh
         advance(d, used)
