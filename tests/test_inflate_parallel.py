@@ -12,6 +12,7 @@ import re
 import struct
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import zlib
@@ -25,6 +26,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import estargz
 from estargz._inflate import InflateReader
 from estargz._inflate_ahead import InflateAhead
 from estargz.errors import SourceError
@@ -280,8 +282,6 @@ def test_blocks_are_the_bytes_and_end_with_their_turn() -> None:
 
 
 def test_as_a_file_object() -> None:
-    import tarfile
-
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w") as tar:
         for i in range(50):
@@ -615,3 +615,67 @@ def test_parallel_members_use_several_threads() -> None:
     busiest = sorted(ticks)[-2:]
     assert len(busiest) == 2
     assert busiest[0] > busiest[1] / 4
+
+
+# --- builds
+
+
+def tar_of(sizes: list[int]) -> bytes:
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as tar:
+        for i, size in enumerate(sizes):
+            info = tarfile.TarInfo(f"file{i}")
+            info.size = size
+            tar.addfile(info, io.BytesIO(NOISE[i : size + i]))
+    return made.getvalue()
+
+
+def write_all(fd: int, data: bytes) -> None:
+    with open(fd, "wb") as file:
+        file.write(data)
+
+
+def built(source: Any, **options: Any) -> tuple[str, bytes]:
+    out = io.BytesIO()
+    return estargz.build(source, out, **options).diff_id, out.getvalue()
+
+
+@pytest.mark.parametrize("size", [2000, 100_000, 1 << 40])
+def test_builds_are_the_same_from_everything_that_is_read(tmp_path: Path, size: int) -> None:
+    raw = tar_of([9000, 250_000, 0, 77] * 6)
+    packed = b"".join(member(raw[at : at + size], 1) for at in range(0, len(raw), min(size, len(raw))))
+    (tmp_path / "layer.gz").write_bytes(b"front" + packed)
+    wanted = built(io.BytesIO(raw))
+    for threads in (1, 2, 16):
+        with io.FileIO(tmp_path / "layer.gz") as file:
+            file.seek(5)
+            assert built(file, threads=threads) == wanted
+            assert file.read() == b""
+        assert built(Drips(packed, 3000), threads=threads) == wanted
+        reading, writing = os.pipe()
+        writer = threading.Thread(target=write_all, args=(writing, packed))
+        writer.start()
+        with io.FileIO(reading) as pipe:
+            assert built(pipe, threads=threads) == wanted
+        writer.join()
+
+
+@pytest.mark.parametrize("damage", ["cut", "garbage", "flip"])
+def test_builds_fail_alike(tmp_path: Path, damage: str) -> None:
+    raw = tar_of([280_000] * 6)
+    packed = b"".join(member(raw[at : at + 90_000], 1) for at in range(0, len(raw), 90_000))
+    bad = {
+        "cut": packed[:-100_000],
+        "garbage": packed + b"garbage",
+        "flip": packed[:700_000] + bytes([packed[700_000] ^ 1]) + packed[700_001:],
+    }[damage]
+    (tmp_path / "layer.gz").write_bytes(bad)
+    told = set()
+    for threads in (1, 2, 16):
+        with pytest.raises(SourceError) as error:
+            built(tmp_path / "layer.gz", threads=threads)
+        told.add(str(error.value).replace(str(tmp_path / "layer.gz"), "input"))
+        with pytest.raises(SourceError) as error:
+            built(io.BytesIO(bad), threads=threads)
+        told.add(str(error.value))
+    assert len(told) == 1

@@ -232,8 +232,12 @@ def raw_descriptor(readable: Readable) -> int | None:
 
 
 def is_regular(readable: Readable) -> TypeGuard[io.FileIO]:
+    """Whether it can be read at any place; files whose size the kernel does not tell cannot."""
     descriptor = raw_descriptor(readable)
-    return descriptor is not None and stat.S_ISREG(os.fstat(descriptor).st_mode)
+    if descriptor is None:
+        return False
+    status = os.fstat(descriptor)
+    return stat.S_ISREG(status.st_mode) and status.st_size > 0
 
 
 def feed_pieces(builder: LayerBuilder, prefix: bytes, readable: Readable) -> None:
@@ -283,8 +287,8 @@ class CompressedObject:
 
 
 def inflating_threads(threads: int) -> int:
-    """Threads that inflate for as many that compress: one inflates about as fast as four compress, and four as fast as the
-    one hash that runs over all of it."""
+    """Threads that inflate beside as many that compress: it is a quarter of the work (bench/bench_inflate.py), and what four
+    inflate is more than the one hash over the whole stream takes."""
     return min((threads + 3) // 4, 4)
 
 
