@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from typing import IO, Any, Protocol, TypeGuard
 
 from estargz import _tar_order, _walk
-from estargz._inflate import InflateReader, detect
+from estargz._inflate import detect
 from estargz._inflate_ahead import InflateAhead
 from estargz._layer import LayerBuilder
 from estargz.errors import SinkError, SourceError, UsageError
@@ -132,15 +132,16 @@ class TarSource:
         prefix = read_prefix(self._readable)
         kind = detect(prefix)
         descriptor = raw_descriptor(self._readable)
+        threads = inflating_threads(self._threads)
         if self._priority is not None:
-            return fill_from_places(builder, prefix, self._readable, kind, self._name, self._priority)
+            return fill_from_places(builder, prefix, self._readable, kind, self._name, self._priority, threads)
         if kind == "plain" and descriptor is not None:
             builder.feed(prefix)
             builder.feed_fd(descriptor)
         elif kind == "plain":
             feed_pieces(builder, prefix, self._readable)
         else:
-            feed_compressed(builder, prefix, self._readable, kind, self._name, inflating_threads(self._threads))
+            feed_compressed(builder, prefix, self._readable, kind, self._name, threads)
         builder.end_feed()
         return ()
 
@@ -152,7 +153,7 @@ class TarSource:
 
 
 def fill_from_places(
-    builder: LayerBuilder, prefix: bytes, readable: Readable, kind: str, name: str, priority: Priority
+    builder: LayerBuilder, prefix: bytes, readable: Readable, kind: str, name: str, priority: Priority, threads: int
 ) -> tuple[str, ...]:
     """Scans a tar and then hands its entries over: what comes first, the landmark, and the rest; returns what is missing."""
     with ExitStack() as opened:
@@ -161,16 +162,12 @@ def fill_from_places(
         if kind == "plain" and descriptor is not None and stat.S_ISREG(os.fstat(descriptor).st_mode):
             begin, end = os.lseek(descriptor, 0, os.SEEK_CUR) - len(prefix), os.fstat(descriptor).st_size
         else:
-            rejoined = Rejoined(prefix, readable)
-            spool = opened.enter_context(spooled(rejoined, kind, name))
+            spool, tail = opened.enter_context(spooled(compressed(prefix, readable), kind, name, threads))
             descriptor, begin, end = spool.fileno(), 0, spool.tell()
-            whole_blob = kind == "gzip" and has_footer(rejoined.tail)
+            whole_blob = kind == "gzip" and has_footer(tail)
         order = _tar_order.TarOrder(builder, descriptor, begin, end)
         if whole_blob and not order.toc_cut:
-            raise SourceError(
-                f"{name}: is an eStargz blob whose tar ends in bytes that hide where its table of contents begins; "
-                "build from what estargz unpack writes"
-            )
+            raise hidden_table(name)
         missing = priority.missing(order.pick(priority.resolve(order.names_below)))
         order.feed_picked()
         builder.end_prefetch(PREFETCH_LANDMARK, LANDMARK_PAYLOAD)
@@ -180,16 +177,19 @@ def fill_from_places(
 
 
 @contextmanager
-def spooled(source: Rejoined, kind: str, name: str) -> Iterator[IO[bytes]]:
-    """A file without a name that holds a stream's tar, positioned at its end. Raises SinkError when it finds no room."""
+def spooled(source: Compressed, kind: str, name: str, threads: int) -> Iterator[tuple[IO[bytes], bytes]]:
+    """A file without a name that holds a stream's tar, positioned at its end, and the last bytes of the stream itself.
+
+    Raises SinkError when the tar finds no room.
+    """
     import tempfile  # slow, and rarely wanted
 
-    inflated = InflateReader(source, kind, name=name)
-    piece = memoryview(bytearray(PIECE_SIZE))
     with tempfile.TemporaryFile(prefix="estargz-", buffering=0) as spool:
-        while size := inflated.readinto(piece):
-            keep(spool, piece[:size], tempfile.gettempdir())
-        yield spool
+        with source.inflate(kind, name, threads) as inflated:
+            for block in inflated.blocks():
+                keep(spool, block, tempfile.gettempdir())
+            tail = source.tail(inflated.offset)
+        yield spool, tail
 
 
 def keep(spool: IO[bytes], data: memoryview, folder: str) -> None:
@@ -286,6 +286,13 @@ class CompressedObject:
         return self._tail
 
 
+Compressed = CompressedFile | CompressedObject
+
+
+def compressed(prefix: bytes, readable: Readable) -> Compressed:
+    return CompressedFile(prefix, readable) if is_regular(readable) else CompressedObject(prefix, readable)
+
+
 def inflating_threads(threads: int) -> int:
     """Threads that inflate beside as many that compress: it is a quarter of the work (bench/bench_inflate.py), and what four
     inflate is more than the one hash over the whole stream takes."""
@@ -296,7 +303,7 @@ def feed_compressed(
     builder: LayerBuilder, prefix: bytes, readable: Readable, kind: str, name: str, threads: int
 ) -> None:
     """Inflates in threads of its own, ahead of the calling one, which splits, and of those that compress."""
-    source = CompressedFile(prefix, readable) if is_regular(readable) else CompressedObject(prefix, readable)
+    source = compressed(prefix, readable)
     if kind == "gzip":
         builder.stop_at_toc()
     with source.inflate(kind, name, threads) as inflated:
@@ -309,10 +316,14 @@ def feed_compressed(
             "rename it, or decompress the input and use --compression gzip"
         )
     if kind == "gzip" and has_footer(tail) and not (builder.toc_seen and builder.toc_left == 0):
-        raise SourceError(
-            f"{name}: is an eStargz blob whose tar ends in bytes that hide where its table of contents begins; "
-            "build from what estargz unpack writes"
-        )
+        raise hidden_table(name)
+
+
+def hidden_table(name: str) -> SourceError:
+    return SourceError(
+        f"{name}: is an eStargz blob whose tar ends in bytes that hide where its table of contents begins; "
+        "build from what estargz unpack writes"
+    )
 
 
 def has_footer(tail: bytes) -> bool:
