@@ -44,8 +44,13 @@ class Pushed:
         return report(program, *where, *options, *names)
 
 
-def make_layer(peer: Path, tree: Path, blob: Path, prioritized: Sequence[str], **sizes: int) -> None:
+def make_layer(peer: Path, tree: Path, blob: Path, prioritized: Sequence[str], *, maker: str, **sizes: int) -> None:
     """A layer of a tree whose prioritized files come first. ``sizes``: chunk_size, min_chunk_size."""
+    if maker == "estargz":
+        layer = estargz.build(tree, blob, prefetch=prioritized, **sizes)
+        with estargz.open(blob) as opened:
+            assert layer.prefetch_size == opened.prefetch_size == opened.lookup(LANDMARK).offset
+        return
     tar, names = blob.with_suffix(".tar"), blob.with_suffix(".list")
     run(peer, "diff", tree, tar)
     names.write_text("".join(f"{name}\n" for name in prioritized))
@@ -95,10 +100,13 @@ def push(store: Registry, peer: Path, blob: Path) -> Pushed:
     return Pushed(store.host, digest, sha256(toc), len(data), int(data[-35:-19], 16), files)
 
 
-@pytest.fixture
-def layer(tree: Tree, tmp_path: Path, peer: Path, store: Registry) -> Pushed:
+MAKERS = ["estargz", "Go"]
+
+
+@pytest.fixture(params=MAKERS)
+def layer(request: pytest.FixtureRequest, tree: Tree, tmp_path: Path, peer: Path, store: Registry) -> Pushed:
     tree.file("empty", b"")
-    make_layer(peer, tree.root, tmp_path / "blob", FIRST)
+    make_layer(peer, tree.root, tmp_path / "blob", FIRST, maker=request.param)
     pushed = push(store, peer, tmp_path / "blob")
     assert list(pushed.offsets)[: len(FIRST) + 1] == [*FIRST, LANDMARK]
     return pushed
@@ -145,12 +153,13 @@ def test_without_prefetching_they_are_fetched_when_read(layer: Pushed, stargz: P
     assert [file["ranges"][0][0] for file in found["files"]] == [layer.offsets[name] for name in FIRST]
 
 
+@pytest.mark.parametrize("maker", MAKERS)
 @pytest.mark.parametrize("sizes", [{"min_chunk_size": 12_000}, {"chunk_size": 4096}], ids=str)
 def test_shared_and_small_members(
-    sizes: dict[str, int], tree: Tree, tmp_path: Path, peer: Path, store: Registry, stargz: Path
+    sizes: dict[str, int], maker: str, tree: Tree, tmp_path: Path, peer: Path, store: Registry, stargz: Path
 ) -> None:
     """The landmark begins a member whatever shares one, so the range is exact here too."""
-    make_layer(peer, tree.root, tmp_path / "blob", FIRST, **sizes)
+    make_layer(peer, tree.root, tmp_path / "blob", FIRST, maker=maker, **sizes)
     layer = push(store, peer, tmp_path / "blob")
     found = layer.lazily(stargz, "-unit", 1, reads=FIRST)
     assert found["prefetch"] == [[0, layer.offsets[LANDMARK]]]

@@ -87,30 +87,9 @@ class Pushed:
         return int(self.descriptor["size"])
 
 
-def make_layer(source: Path, blob: Path, *, prioritized: Sequence[str] = (), **options: Any) -> Pushed:
-    """``prioritized``: files that come first, with the landmark behind them."""
-    if prioritized:
-        return go_layer(source, blob, prioritized, **options)
+def make_layer(source: Path, blob: Path, **options: Any) -> Pushed:
     layer = estargz.build(source, blob, **options)
     return Pushed(blob, layer.descriptor(), layer.diff_id)
-
-
-def go_layer(tree: Path, blob: Path, prioritized: Sequence[str], peer: Path) -> Pushed:
-    """Go's ``estargz.Build``, of this package's tar."""
-    tar, names = blob.with_suffix(".tar"), blob.with_suffix(".names")
-    estargz.build(tree, tar, compression="uncompressed", landmark=False)
-    names.write_text("".join(f"{path}\n" for path in prioritized))
-    made = json.loads(run([peer, "blob", "-how", "build", "-level", "1", "-prioritized", names, tar, blob]))
-    descriptor = {
-        "mediaType": "application/vnd.oci.image.layer.v1.tar+gzip",
-        "digest": made["digest"],
-        "size": made["size"],
-        "annotations": {
-            "containerd.io/snapshot/stargz/toc.digest": made["toc_digest"],
-            "io.containers.estargz.uncompressed-size": str(made["uncompressed_size"]),
-        },
-    }
-    return Pushed(blob, descriptor, made["diff_id"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,12 +219,10 @@ def test_only_what_a_container_reads_is_fetched(runtime: Runtime, large: Path, s
     assert len(fetched) * BLOCK < layer.size // 8
 
 
-def test_prioritized_files_are_fetched_first_and_at_once(
-    runtime: Runtime, large: Path, scratch: Path, peer: Path
-) -> None:
+def test_prioritized_files_are_fetched_first_and_at_once(runtime: Runtime, large: Path, scratch: Path) -> None:
     """And are then all that is fetched, when a container reads no others."""
     first = ["bin/show", "data/d-unread", "data/b-read"]
-    layer = make_layer(large, scratch / "blob", prioritized=first, peer=peer)
+    layer = make_layer(large, scratch / "blob", prefetch=first)
     with estargz.open(layer.blob) as blob:
         landmark = blob.lookup(PREFETCH).offset
         assert all(end <= landmark for path in first for _, end in spans(blob, path))
