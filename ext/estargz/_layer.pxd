@@ -54,6 +54,8 @@ cdef class LayerBuilder:
     cdef readonly bint toc_seen
     cdef readonly int64_t toc_left      # bytes of the input's own table that are still to come
     cdef int64_t input_offset       # bytes of input taken, up to `target`
+    cdef int64_t archive_end        # where the first zero block stands; -1: none came
+    cdef int64_t hidden_at          # where the first block that is not zero stands behind the archive's end; -1: none
 
     # Each answers EST_OK or a code; the failure is then kept and raised by finish or raise_failure.
     cdef int add_entry(self, const tar_entry *entry) noexcept nogil

@@ -63,6 +63,11 @@ cdef inline size_t padding_of(int64_t size) noexcept nogil:
     return (BLOCK - size % BLOCK) % BLOCK
 
 
+cdef bint is_zero(const uint8_t *data, size_t size) noexcept nogil:
+    """Whether size bytes, 0 or more, are all zero."""
+    return size == 0 or (data[0] == 0 and memcmp(data, data + 1, size - 1) == 0)
+
+
 cdef bint is_toc_name(const uint8_t *name, size_t size) noexcept nogil:
     """Whether a name means the table of contents once "." and ".." are resolved."""
     cdef size_t at = 0
@@ -129,6 +134,7 @@ cdef class LayerBuilder:
         if tar_parser_init(&self.parser) != EST_OK:
             raise MemoryError
         self.parser_ready = True
+        self.archive_end = self.hidden_at = -1
         self.target = NULL
         self.landmark_row = -1
 
@@ -478,6 +484,8 @@ cdef class LayerBuilder:
                 elif self.expecting == EXPECT_TRAILER or (self.expecting == EXPECT_BLOCK and not self.target_filled):
                     if self.parser.pending:
                         code = self.input_failed(EST_TAR_DANGLING_META)
+                    if self.hidden_at < 0 and not is_zero(self.target, self.target_filled):
+                        self.hidden_at = self.input_offset
                     self.current.raw_size -= self.target_size - self.target_filled
                     self.run -= self.target_size - self.target_filled
                 else:
@@ -557,6 +565,8 @@ cdef class LayerBuilder:
             if (self.stops_at_toc and memcmp(self.target, b"stargz.index.json", 18) == 0
                     and tar_parse_block(&self.parser, self.target) == TAR_ENTRY):
                 return self.take_toc()
+            if self.hidden_at < 0 and not is_zero(self.target, BLOCK):
+                self.hidden_at = self.input_offset - BLOCK
             return self.expect(EXPECT_TRAILER, BLOCK)
         return self.expect(EXPECT_BLOCK, BLOCK)
 
@@ -591,6 +601,8 @@ cdef class LayerBuilder:
             self.payload_left = self.parser.entry.size
             self.chunk_offset = 0
             return self.expect_chunk() if self.payload_left else self.expect(EXPECT_BLOCK, BLOCK)
+        if not self.zero_blocks:
+            self.archive_end = self.input_offset - BLOCK
         self.zero_blocks += 1
         return self.expect(EXPECT_BLOCK if self.zero_blocks == 1 else EXPECT_TRAILER, BLOCK)
 
@@ -641,6 +653,11 @@ cdef class LayerBuilder:
         """Seconds by stage, of all threads together; see Pipeline.stages. Valid after finish."""
         threads = self.pipeline.stages()
         return {name: sum(thread[name] for thread in threads) for name in threads[0]}
+
+    def ending(self):
+        """Of a tar that was fed, in bytes of it: (where its first zero block stands or -1, how many zero blocks end it, at
+        most 2, where the first block that is not zero stands behind them or -1)."""
+        return self.archive_end, self.zero_blocks, self.hidden_at
 
     def extent(self):
         """See Pipeline.extent."""

@@ -23,7 +23,7 @@ from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 from posix.unistd cimport close, pread, write
 
 from estargz._codec cimport (
-    CODEC_COPY, CODEC_GZIP, PIECE_MARGIN, compressor_close, compressor_open, member_bound, member_write, piece_write,
+    CODEC_COPY, CODEC_GZIP, CODEC_NONE, PIECE_MARGIN, compressor_close, compressor_open, member_bound, member_write, piece_write,
 )
 from estargz._files cimport directory_cache_close, directory_cache_init, open_cached
 from estargz._memory cimport buffer_append, buffer_free
@@ -581,13 +581,13 @@ cdef class Pipeline:
         return EST_OK
 
     cdef size_t blob_part(self, const batch *b) noexcept nogil:
-        """Bytes of the blob that a batch makes."""
-        return b.out_size if self.codec == CODEC_GZIP else b.raw_size if self.codec == CODEC_COPY else 0
+        """Bytes of the blob that a batch makes; without a codec the stream itself counts as the blob."""
+        return b.out_size if self.codec == CODEC_GZIP else b.raw_size
 
     cdef int write_batch(self, batch *b) noexcept nogil:
         cdef size_t size = self.blob_part(b)
         cdef int code = EST_OK
-        if size and self.parts & PART_WRITE:
+        if size and self.codec != CODEC_NONE and self.parts & PART_WRITE:
             code = self.write_out(b.out if self.codec == CODEC_GZIP else b.raw, size)
         if code:
             self.describe_sink_failure(code, &b.failure)
@@ -824,6 +824,8 @@ cdef int record_chunk(Pipeline p, batch *b, const chunk_span *chunk) noexcept no
     cdef int64_t offset = p.placed_size + (members[chunk.member - 1].out_end if chunk.member else 0)
     cdef int64_t inner_offset = chunk.raw_at - members[chunk.member].raw_at
     cdef chunk_row place
+    if p.codec == CODEC_NONE:       # nothing is compressed: the place in the stream
+        offset, inner_offset = p.placed_size + chunk.raw_at, 0
     if chunk.chunk_offset == 0:
         row.offset = offset
         row.inner_offset = inner_offset

@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 import click
 
+from estargz.reading.findings import FAMILIES
 from estargz.reading.verifying import Report, verify
 
 
@@ -15,19 +16,36 @@ from estargz.reading.verifying import Report, verify
 @click.option("--toc-digest", metavar="SHA256", help="Digest that the table of contents must have.")
 @click.option("--diff-id", metavar="SHA256", help="Digest that the inflated stream must have.")
 @click.option("--threads", type=click.IntRange(1), help="Threads that inflate chunks; default: one per CPU.")
+@click.option("--strict", is_flag=True, help="Also list what readers take differently, and what runtimes refuse.")
+@click.option(
+    "--for",
+    "runtimes",
+    type=click.Choice(FAMILIES),
+    multiple=True,
+    help="What this runtime refuses is an error; may be repeated, implies --strict.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def command(blob: str, toc_digest: str | None, diff_id: str | None, threads: int | None, as_json: bool) -> None:
+def command(
+    blob: str,
+    toc_digest: str | None,
+    diff_id: str | None,
+    threads: int | None,
+    strict: bool,
+    runtimes: tuple[str, ...],
+    as_json: bool,
+) -> int:
     """Prove that every byte of BLOB is what its table of contents, its tar and the given digests say.
 
     An ordinary gzip, zstd or uncompressed layer is checked when --diff-id alone is given. The exit status is 1 when
-    anything does not match.
+    anything does not match, and when --strict finds an error.
     """
-    report = verify(blob, toc_digest=toc_digest, diff_id=diff_id, threads=threads)
+    report = verify(blob, toc_digest=toc_digest, diff_id=diff_id, threads=threads, strict=strict, runtimes=runtimes)
     if as_json:
         click.echo(json.dumps(asdict(report)))
-        return
-    for text in _lines(report, toc_digest, diff_id):
-        click.echo(text)
+    else:
+        for text in [*_lines(report, toc_digest, diff_id), *_strict_lines(report)]:
+            click.echo(text)
+    return 1 if report.errors else 0
 
 
 def _lines(report: Report, toc_digest: str | None, diff_id: str | None) -> list[str]:
@@ -45,3 +63,18 @@ def _lines(report: Report, toc_digest: str | None, diff_id: str | None) -> list[
 
 def _given(digest: str | None) -> str:
     return ", as given" if digest else ", none given to compare with"
+
+
+def _strict_lines(report: Report) -> list[str]:
+    lines = []
+    for runtime, accepts in report.accepted.items():
+        codes = sorted({finding.code for finding in report.findings if runtime in finding.runtimes})
+        lines.append(f"{runtime:26}{'accepted' if accepts else 'not accepted: ' + ', '.join(codes)}")
+    for finding in report.findings:
+        where = "" if finding.entry is None else f"{finding.entry!r}: "
+        lines.append(f"{finding.severity:12}{finding.code}: {where}{finding.message}")
+    listed = len(report.findings)
+    total = sum(report.finding_counts.values())
+    if total > listed:
+        lines.append(f"and {total - listed} more; at most 100 of a kind are listed")
+    return lines

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from estargz._layer import LayerBuilder
 from estargz.options import DEFAULT_CHUNK_SIZE, Options
@@ -12,7 +12,7 @@ from estargz.writing.source import PIECE_SIZE, Readable
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["ROW_FIELDS", "Scan", "scan_tar"]
+__all__ = ["ROW_FIELDS", "Ending", "Scan", "scan_tar"]
 
 # The fields of toc_row in ext/estargz/rows.h, as a numpy dtype.
 ROW_FIELDS: list[tuple[Any, ...]] = [
@@ -46,14 +46,28 @@ class Scan:
     """The entries of a tar stream.
 
     ``rows``: structured array of shape (entries,), fields as ROW_FIELDS, in stream order; ``strings_at`` points into
-    ``strings`` at name, link, user name, group name and packed attributes, back to back. Offsets and chunks mean nothing
-    here. ``diff_id`` and ``size`` (bytes) are those of the stream itself.
+    ``strings`` at name, link, user name, group name and packed attributes, back to back. ``offset`` is where a payload
+    begins in the stream, 0 without one; chunks mean nothing here. ``diff_id`` and ``size`` (bytes) are those of the stream
+    itself. ``ending`` says how the archive ends in it.
     """
 
     rows: np.ndarray[Any, Any]
     strings: bytes
     diff_id: str
     size: int
+    ending: Ending
+
+
+class Ending(NamedTuple):
+    """Where in a stream its tar ends, in bytes; -1: nowhere.
+
+    at: the first zero block; zero_blocks: how many there are, 2 meaning two or more; hidden_at: the first block behind them
+    that is not zero, which readers of tars do not look at.
+    """
+
+    at: int
+    zero_blocks: int
+    hidden_at: int
 
 
 def scan_tar(readable: Readable, threads: int | None = None) -> Scan:
@@ -75,4 +89,4 @@ def scan_tar(readable: Readable, threads: int | None = None) -> Scan:
         builder.cancel()
         raise
     rows, _, strings = builder.tables()
-    return Scan(np.frombuffer(rows, dtype=np.dtype(ROW_FIELDS)), strings, f"sha256:{diff_id.hex()}", size)
+    return Scan(np.frombuffer(rows, dtype=np.dtype(ROW_FIELDS)), strings, f"sha256:{diff_id.hex()}", size, Ending(*builder.ending()))

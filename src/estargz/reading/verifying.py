@@ -4,6 +4,8 @@
 blob -+-> inflate -> tar scan -> rows = TOC entries, one by one     (one thread)
       |        `---> SHA-256 = DiffID                               (one thread, ahead of the scan)
       `-> TOC member, footer: nothing in between
+
+and, when asked to be strict, what estargz.reading.strict makes of the same rows.
 """
 
 from __future__ import annotations
@@ -12,9 +14,9 @@ import hashlib
 import os
 from base64 import b64encode
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -35,10 +37,13 @@ from estargz._inflate import (
 from estargz.digest import parse_digest, sha256
 from estargz.errors import BlobError, EstargzError, UsageError, VerificationError, from_status
 from estargz.reading import blob as blobs
-from estargz.reading.blob import Blob
+from estargz.reading.blob import Blob, Tar
+from estargz.reading.findings import Finding, Findings, families
 from estargz.reading.footer import footer_of
-from estargz.reading.scan import Scan, scan_tar
+from estargz.reading.members import MemberReader
+from estargz.reading.scan import ROW_FIELDS, Ending, Scan, scan_tar
 from estargz.reading.source import Readable, Source, Window, blob_errors, open_source
+from estargz.reading.strict import examine
 from estargz.reading.toc import go_text, modtime_seconds, owners
 
 __all__ = ["Report", "verify"]
@@ -63,6 +68,10 @@ class Report:
     files:              regular files among them, each digest recomputed from its chunks and from the tar
     chunks:             parts read at the TOC's offsets, as a lazily pulling runtime does
     payload_size:       of the files
+    findings:           of a strict verification: errors first, at most 100 of each code and severity
+    finding_counts:     code -> how many there are
+    accepted:           runtime (findings.RUNTIMES) -> whether it takes the layer and shows what a full pull shows; empty
+                        unless verification was strict
     """
 
     format: str
@@ -74,10 +83,24 @@ class Report:
     files: int = 0
     chunks: int = 0
     payload_size: int = 0
+    findings: tuple[Finding, ...] = ()
+    finding_counts: dict[str, int] = field(default_factory=dict)
+    accepted: dict[str, bool] = field(default_factory=dict)
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        """Those findings that are wrong for everyone, or refused by a runtime that was required."""
+        return tuple(finding for finding in self.findings if finding.severity == "error")
 
 
 def verify(
-    source: Readable, *, toc_digest: str | None = None, diff_id: str | None = None, threads: int | None = None
+    source: Readable,
+    *,
+    toc_digest: str | None = None,
+    diff_id: str | None = None,
+    threads: int | None = None,
+    strict: bool = False,
+    runtimes: Iterable[str] = (),
 ) -> Report:
     """Check a whole blob, in memory that does not grow with the sizes it states.
 
@@ -85,6 +108,10 @@ def verify(
     toc_digest:  "sha256:..." that the TOC must have, from the image's manifest; without it the TOC is taken as found
     diff_id:     "sha256:..." that the inflated stream must have, from the image's configuration
     threads:     for the chunks; default: one per CPU
+    strict:      also look for what digests do not show: places, names, links and spellings that readers take differently,
+                 bytes that only some of them see, and what each runtime would refuse. What is found is not raised but
+                 reported, all of it: look at Report.errors
+    runtimes:    of "stargz-snapshotter", "containers-storage" and "full-pull": what these refuse is an error; implies strict
 
     Proves for an eStargz blob: the footer and the TOC are well-formed, with nothing in between or around; every chunk,
     read at the TOC's offsets, has its digest, and every file the digest of its chunks in a row; the TOC's entries are
@@ -92,7 +119,8 @@ def verify(
     A blob without an eStargz footer is accepted only with a ``diff_id`` and no ``toc_digest``: then that is checked,
     and the stream's own checksums.
 
-    Raises UsageError for malformed digests or threads, OSError, BlobError for a malformed blob, and VerificationError,
+    Raises UsageError for malformed digests, threads or runtimes, and for an ordinary layer that is to be looked at
+    strictly, OSError, BlobError for a malformed blob, and VerificationError,
     which names the entry, what was expected and what was found, for anything that does not match.
     """
     if threads is not None and threads < 1:
@@ -100,7 +128,9 @@ def verify(
     for text, what in ((toc_digest, "TOC digest"), (diff_id, "DiffID")):
         if text is not None:
             parse_digest(text, what)
-    if diff_id is not None and toc_digest is None:
+    required = families(runtimes)
+    strict = strict or bool(required)
+    if diff_id is not None and toc_digest is None and not strict:
         opened = open_source(source)
         try:
             if footer_of(opened) is None:
@@ -108,7 +138,7 @@ def verify(
         finally:
             opened.close()
     with blobs.open(source, toc_digest=toc_digest) as blob:
-        return _verify_blob(blob, diff_id, threads or os.cpu_count() or 1)
+        return _verify_blob(blob, diff_id, threads or os.cpu_count() or 1, required if strict else None)
 
 
 def _verify_plain(source: Source, diff_id: str) -> Report:
@@ -123,11 +153,13 @@ def _verify_plain(source: Source, diff_id: str) -> Report:
     return Report(kind, source.size, diff_id, size)
 
 
-def _verify_blob(blob: Blob, diff_id: str | None, threads: int) -> Report:
+def _verify_blob(blob: Blob, diff_id: str | None, threads: int, required: frozenset[str] | None) -> Report:
+    """``required``: what to be strict about; None: not to be strict."""
     if blob.kernel_source is None:
         raise UsageError(f"{blob.name}: all of a blob is read to verify it; save it to a file first")
     work = _plan(blob)
-    stream = _Ahead(blob)
+    members = MemberReader(blob) if required is not None else None
+    stream = _Ahead(members or blob.open_tar())
     with ThreadPoolExecutor(1, "estargz-scan") as pool, stream:
         scanning = pool.submit(_scan, stream, blob.toc_offset)
         failure = check_chunks(blob.kernel_source, work.jobs, threads)
@@ -140,6 +172,7 @@ def _verify_blob(blob: Blob, diff_id: str | None, threads: int) -> Report:
         _finish_stream(blob, stream)
     found = "sha256:" + stream.digest.hexdigest()
     _expect_diff_id(blob.name, diff_id, found)
+    findings = Findings() if members is None or required is None else examine(blob, scan, members, required)
     return Report(
         format=blob.footer.format,
         size=blob.size,
@@ -150,6 +183,9 @@ def _verify_blob(blob: Blob, diff_id: str | None, threads: int) -> Report:
         files=int((blob.entries["type"] == b"reg").sum()),
         chunks=len(work.jobs),
         payload_size=int(work.jobs["size"].sum()),
+        findings=findings.kept,
+        finding_counts=dict(findings.counts),
+        accepted=findings.accepted if members is not None else {},
     )
 
 
@@ -234,8 +270,8 @@ def _blocks(reader: InflateReader) -> Iterator[memoryview]:
 class _Ahead:
     """The tar stream of a blob, inflated and hashed by a thread of its own some blocks ahead of who reads it."""
 
-    def __init__(self, blob: Blob) -> None:
-        self.reader = blob.open_tar()
+    def __init__(self, reader: Tar | MemberReader) -> None:
+        self.reader = reader
         self.digest = hashlib.sha256()
         self.size = 0
         self._pool = ThreadPoolExecutor(1, "estargz-inflate")
@@ -286,7 +322,7 @@ class _Ahead:
 
 def _scan(stream: _Ahead, compressed: int) -> Scan:
     if compressed == 0:  # made of a tar of no bytes at all, which is no tar by itself
-        return Scan(np.empty(0, []), b"", sha256(b""), 0)
+        return Scan(np.empty(0, ROW_FIELDS), b"", sha256(b""), 0, Ending(-1, 0, -1))
     scan = scan_tar(stream)
     if stream.read(1):
         raise BlobError("the tar scan stopped before the end of the stream")
