@@ -140,12 +140,25 @@ def scan_tar(stream: Any) -> SimpleNamespace:
         for key, value in parts.items():
             row[f"{key}_len"] = len(value)
             strings += value
+        if entry["size"]:
+            row["offset"] = entry["data_at"]
         if entry["type"] == ord("0"):
             row["has_digest"] = 1
             row["digest"] = np.frombuffer(hashlib.sha256(entry["payload"]).digest(), np.uint8)
         rows.append(row)
     found = "sha256:" + hashlib.sha256(tar).hexdigest()
-    return SimpleNamespace(rows=np.array(rows, ROW), strings=strings, diff_id=found, size=len(tar))
+    return SimpleNamespace(rows=np.array(rows, ROW), strings=strings, diff_id=found, size=len(tar), ending=ending(tar))
+
+
+def ending(tar: bytes) -> SimpleNamespace:
+    """Where the archive ends, how many zero blocks say so (at most 2), and where anything else follows them."""
+    last = list(entries(tar))[-1:]
+    at = last[0]["data_at"] + last[0]["size"] + -last[0]["size"] % BLOCK if last else 0
+    rest = tar[at:]
+    zero_blocks = sum(1 for i in (0, BLOCK) if rest[: i + BLOCK] == bytes(i + BLOCK))
+    hidden = len(rest) - len(rest.lstrip(b"\0"))
+    hidden_at = at + hidden // BLOCK * BLOCK if hidden < len(rest) else -1
+    return SimpleNamespace(at=at if zero_blocks else -1, zero_blocks=zero_blocks, hidden_at=hidden_at)
 
 
 def _news(known: dict[int, bytes], number: int, name: bytes) -> bytes:

@@ -8,7 +8,17 @@ from dataclasses import dataclass, replace
 
 from estargz.errors import UsageError
 
-__all__ = ["BBOLT", "CONTAINERS_STORAGE", "FAMILIES", "FULL_PULL", "MEMORY", "RUNTIMES", "Finding", "Findings", "families"]
+__all__ = [
+    "BBOLT",
+    "CONTAINERS_STORAGE",
+    "FAMILIES",
+    "FULL_PULL",
+    "MEMORY",
+    "RUNTIMES",
+    "Finding",
+    "Findings",
+    "families",
+]
 
 # The snapshotter keeps what a TOC says in one of two stores, which do not read it alike: metadata/memory/reader.go, and
 # cmd/containerd-stargz-grpc/db/reader.go behind `metadata_store = "db"`.

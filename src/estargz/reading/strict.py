@@ -288,7 +288,9 @@ def check_member_headers(facts: Facts) -> Iterator[Finding]:
     if toc.readinto(memoryview(header)) == 4 and header[3]:
         adorned, first = adorned + 1, first if adorned else facts.blob.toc_offset
     if adorned:
-        message = f"{adorned} gzip members have a name, a comment or extra fields in their header, the first at byte {first}"
+        message = (
+            f"{adorned} gzip members have a name, a comment or extra fields in their header, the first at byte {first}"
+        )
         yield Finding("warning", "member-header", None, message)
 
 
@@ -336,8 +338,8 @@ _ODD_NAME = re.compile(rb"[\0-\x1f\x7f-\xff]|^/|//|/\.(?:/|$)|(?:^|/)\.\.(?:/|$)
 def check_names(facts: Facts) -> Iterator[Finding]:
     """Names that mean the same as others, leave the root, or cannot be told.
 
-    The TOC is JSON, so bytes that are no UTF-8 become U+FFFD there. CD pkg/archive/tar.go keeps a name that leads out of
-    the root inside it, CS pkg/archive/diff.go (UnpackLayer) refuses it.
+    The TOC is JSON, so bytes that are no UTF-8 become U+FFFD there. Runtimes keep a name that leads out of the root inside
+    it (CD pkg/archive/tar.go, applyNaive), other unpackers need not.
     """
     for entry, name in enumerate(facts.tar_names()):
         if _ODD_NAME.search(name):
@@ -351,7 +353,7 @@ def _odd_name(name: bytes, text: str) -> Iterator[Finding]:
     if any(byte < 0x20 or byte == 0x7F for byte in name):
         yield Finding("warning", "name-control", text, "its name has control characters")
     if _leaves_root(name):
-        yield Finding("error", "name-outside", text, "its name leads out of the root", (FULL_PULL,))
+        yield Finding("error", "name-outside", text, "its name leads out of the root")
     elif re.search(rb"^/|//|/\.(?:/|$)|(?:^|/)\.\.(?:/|$)|^$", name):
         yield Finding("warning", "name-unclean", text, "its name is absolute, empty, or has empty, . or .. parts")
 
@@ -546,12 +548,24 @@ def check_landmarks(facts: Facts) -> Iterator[Finding]:
         toc = facts.blob.toc[int(facts.rows[entry])]
         if toc.type != "reg" or toc.size != 1 or toc.digest != _LANDMARK_DIGEST:
             yield Finding("error", "landmark-content", toc.name, "is a landmark whose content is not the byte 0f")
-        if (toc.modtime, toc.mode, toc.uid, toc.gid, toc.user_name, toc.group_name, toc.xattrs) != ("", 0, 0, 0, "", "", {}):
+        if (toc.modtime, toc.mode, toc.uid, toc.gid, toc.user_name, toc.group_name, toc.xattrs) != (
+            "",
+            0,
+            0,
+            0,
+            "",
+            "",
+            {},
+        ):
             yield Finding("warning", "landmark-metadata", toc.name, "is a landmark with an owner, a mode or a time")
         if toc.name not in LANDMARKS:
-            yield Finding("warning", "landmark-spelling", toc.name, "is a landmark that containers/storage shows as a file")
+            yield Finding(
+                "warning", "landmark-spelling", toc.name, "is a landmark that containers/storage shows as a file"
+            )
         if kind == "no-prefetch" and entry:
-            yield Finding("warning", "landmark-place", toc.name, f"is the landmark of no prefetch, but entry {entry}, not 0")
+            yield Finding(
+                "warning", "landmark-place", toc.name, f"is the landmark of no prefetch, but entry {entry}, not 0"
+            )
 
 
 CHECKS: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
