@@ -99,11 +99,11 @@ def _stated(entry: dict[str, Any]) -> dict[str, Any]:
     time = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(seconds=seconds)
     kind = TYPES[chr(entry["type"])]
     return {
-        "name": entry["name"].decode(),
+        "name": entry["name"].decode(errors="replace"),  # right for single bytes that are no UTF-8
         "type": kind,
         "size": entry["size"],
         "modtime": time.strftime("%Y-%m-%dT%H:%M:%SZ") if seconds else "",
-        "linkName": entry["link"].decode(),
+        "linkName": entry["link"].decode(errors="replace"),
         "mode": entry["mode"],
         "uid": entry["uid"],
         "gid": entry["gid"],

@@ -6,7 +6,6 @@ from array import array
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from estargz._inflate import InflateReader
 from estargz.reading.blob import Blob

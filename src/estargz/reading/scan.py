@@ -89,10 +89,5 @@ def scan_tar(readable: Readable, threads: int | None = None) -> Scan:
         builder.cancel()
         raise
     rows, _, strings = builder.tables()
-    return Scan(
-        np.frombuffer(rows, dtype=np.dtype(ROW_FIELDS)),
-        strings,
-        f"sha256:{diff_id.hex()}",
-        size,
-        Ending(*builder.ending()),
-    )
+    table = np.frombuffer(rows, dtype=np.dtype(ROW_FIELDS))
+    return Scan(table, strings, f"sha256:{diff_id.hex()}", size, Ending(*builder.ending()))

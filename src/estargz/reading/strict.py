@@ -163,7 +163,7 @@ def check_footer(facts: Facts) -> Iterator[Finding]:
             "warning",
             "legacy-footer",
             None,
-            f"a footer of {facts.blob.footer.size} bytes; containers/storage, which takes it for one of 51, cuts the TOC short",
+            f"a footer of {facts.blob.footer.size} bytes; containers/storage takes it for one of 51 and cuts the TOC short by four",
             (CONTAINERS_STORAGE,),
         )
 
@@ -250,6 +250,22 @@ def check_inner_offsets(facts: Facts) -> Iterator[Finding]:
         yield Finding("warning", "inner-offset", facts.blob.toc.tree.texts(row)[0], message, (CONTAINERS_STORAGE,))
 
 
+def check_first_member(facts: Facts) -> Iterator[Finding]:
+    """SS estargz/estargz.go, initFields and fileReader.ReadAt: an entry that states no offset seems to be at 0.
+
+    So an empty file counts as a part of the member there, in front of which it is then looked for.
+    """
+    entries = facts.blob.entries
+    at_zero = np.flatnonzero((entries["end"] > 0) & (entries["offset"] == 0))
+    empty = np.flatnonzero((entries["type"] == b"reg") & (entries["size"] == 0))
+    if len(at_zero) and len(empty) and empty[0] < at_zero[-1]:
+        name = facts.blob.toc.tree.texts(int(at_zero[-1]))[0]
+        message = (
+            f"lies in the member at offset 0, of which {facts.blob.toc.tree.texts(int(empty[0]))[0]!r} seems a part"
+        )
+        yield Finding("warning", "payload-at-zero", name, message, (MEMORY,))
+
+
 def check_places(facts: Facts) -> Iterator[Finding]:
     """Every chunk lies where the tar has this very part of this very file, not where something equal happens to stand.
 
@@ -313,7 +329,7 @@ def check_archive_end(facts: Facts) -> Iterator[Finding]:
     if ending.hidden_at >= 0:
         another = begins_like_tar(_inflated(facts, ending.hidden_at, 512))
         what = "another tar" if another else "data"
-        message = f"{what} at byte {ending.hidden_at} of the stream, behind the end of the tar: some readers see it, most do not"
+        message = f"{what} at byte {ending.hidden_at} of the stream, behind the end of the tar, where few readers look"
         yield Finding("error", "second-archive" if another else "hidden-data", None, message)
 
 
@@ -575,6 +591,7 @@ CHECKS: tuple[Callable[[Facts], Iterator[Finding]], ...] = (
     check_modtimes,
     check_chunk_digests,
     check_inner_offsets,
+    check_first_member,
     check_places,
     check_member_headers,
     check_archive_end,

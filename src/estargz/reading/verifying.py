@@ -10,13 +10,13 @@ and, when asked to be strict, what estargz.reading.strict makes of the same rows
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from base64 import b64encode
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -54,7 +54,7 @@ _JOB = np.dtype(JOB_FIELDS)
 _TYPES = {48: "reg", 49: "hardlink", 50: "symlink", 51: "char", 52: "block", 53: "dir", 54: "fifo"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Report:
     """What verify() proved. Sizes are in bytes.
 
@@ -84,8 +84,8 @@ class Report:
     chunks: int = 0
     payload_size: int = 0
     findings: tuple[Finding, ...] = ()
-    finding_counts: dict[str, int] = field(default_factory=dict)
-    accepted: dict[str, bool] = field(default_factory=dict)
+    finding_counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    accepted: dict[str, bool] = dataclasses.field(default_factory=dict)
 
     @property
     def errors(self) -> tuple[Finding, ...]:
