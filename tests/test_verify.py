@@ -412,17 +412,58 @@ def test_ordinary_layer_that_is_damaged() -> None:
         verify(member(RICH)[:-1], diff_id=digest(RICH))
 
 
-def test_ranges_are_refused() -> None:
-    class Ranges:
-        size = 0
+class Ranges:
+    """A blob that is far away: it comes in small parts, and what was asked for is known."""
 
-        def read_at(self, offset: int, size: int) -> bytes:
-            return blob[offset : offset + size]
+    name = "distant"
 
-    blob = estargz(RICH)
-    Ranges.size = len(blob)
-    with pytest.raises(UsageError, match="save it to a file first"):
-        verify(Ranges())
+    def __init__(self, blob: bytes) -> None:
+        self.blob, self.size = blob, len(blob)
+        self.prefetched: list[tuple[int, int]] = []
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        return self.blob[offset : offset + min(size, 777)]
+
+    def prefetch(self, ranges: list[tuple[int, int]]) -> None:
+        self.prefetched += ranges
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("strict", [False, True])
+def test_ranges(options: dict[str, Any], strict: bool) -> None:
+    blob = estargz(RICH, **options)
+    distant = Ranges(blob)
+    assert verify(distant, strict=strict) == verify(blob, strict=strict)
+    begin, size = distant.prefetched[0]
+    assert 0 <= begin < begin + size < len(blob)
+
+
+@pytest.mark.parametrize("key", ["digest", "chunkDigest"])
+@pytest.mark.parametrize("chunk_size", [1 << 22, 1000])
+def test_ranges_with_wrong_digests(key: str, chunk_size: int) -> None:
+    blob = estargz(RICH, edit=first("d/large", **{key: digest(b"")}), chunk_size=chunk_size)
+    with pytest.raises(
+        VerificationError, match=f"distant: 'd/large', chunk at .*expected {digest(b'')}, found sha256:"
+    ):
+        verify(Ranges(blob))
+
+
+@pytest.mark.parametrize("source", [Ranges, bytes])
+def test_content_that_only_its_chunk_digest_covers(source: Callable[[bytes], Any]) -> None:
+    """The file's digest is right for the tar, the chunk's for what lazy readers would get."""
+    payload, toc = payload_and_toc(tar_of(("a", b"good")))
+    toc["entries"][0] |= {"offset": len(payload), "chunkDigest": digest(b"evil")}
+    with pytest.raises(
+        VerificationError, match=f"'a', chunk at 0 .*expected {digest(b'good')}, found {digest(b'evil')}"
+    ):
+        verify(source(assemble(payload, encode(toc), before=member(b"evil" + bytes(508)))))
+
+
+def test_ranges_that_end_too_early() -> None:
+    distant = Ranges(estargz(RICH))
+    distant.blob = distant.blob[:300] + bytes(len(distant.blob) - 300 - 5000) + distant.blob[-5000:]
+    with pytest.raises(BlobError):
+        verify(distant)
 
 
 def test_file_objects(tmp_path: Path) -> None:

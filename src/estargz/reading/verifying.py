@@ -38,6 +38,7 @@ from estargz.digest import parse_digest, sha256
 from estargz.errors import BlobError, EstargzError, UsageError, VerificationError, from_status
 from estargz.reading import blob as blobs
 from estargz.reading.blob import Blob, Tar
+from estargz.reading.content import AHEAD_SIZE, Contents, RegularFile
 from estargz.reading.findings import Finding, Findings, families
 from estargz.reading.footer import footer_of
 from estargz.reading.members import MemberReader
@@ -104,7 +105,8 @@ def verify(
 ) -> Report:
     """Check a whole blob, in memory that does not grow with the sizes it states.
 
-    source:      path, file or bytes of the blob
+    source:      path, file or bytes of the blob, or a RangeReader, which is asked for all of it twice: for the chunks and
+                 for the stream; a chunk at a time is then in memory, of 1 GiB at most
     toc_digest:  "sha256:..." that the TOC must have, from the image's manifest; without it the TOC is taken as found
     diff_id:     "sha256:..." that the inflated stream must have, from the image's configuration
     threads:     for the chunks; default: one per CPU
@@ -155,15 +157,14 @@ def _verify_plain(source: Source, diff_id: str) -> Report:
 
 def _verify_blob(blob: Blob, diff_id: str | None, threads: int, required: frozenset[str] | None) -> Report:
     """``required``: what to be strict about; None: not to be strict."""
-    if blob.kernel_source is None:
-        raise UsageError(f"{blob.name}: all of a blob is read to verify it; save it to a file first")
     work = _plan(blob)
     members = MemberReader(blob) if required is not None else None
     stream = _Ahead(members or blob.open_tar())
     with ThreadPoolExecutor(1, "estargz-scan") as pool, stream:
         scanning = pool.submit(_scan, stream, blob.toc_offset)
-        failure = check_chunks(blob.kernel_source, work.jobs, threads)
-        if failure is not None:
+        if blob.kernel_source is None:
+            _check_distant(blob, work)
+        elif (failure := check_chunks(blob.kernel_source, work.jobs, threads)) is not None:
             stream.cancel()
             raise _chunk_error(blob, work, *failure)
         with blob_errors():
@@ -243,6 +244,29 @@ def _expect_digests(blob: Blob, rows: NDArray[np.int64], files: NDArray[np.int64
                 parse_digest(text)
             except UsageError as error:
                 raise BlobError(f"{blob.name}: {entry.name!r}: TOC: {error}; build the blob again") from None
+
+
+def _check_distant(blob: Blob, work: _Work) -> None:
+    """The chunks of a blob that is read by ranges, one in memory at a time."""
+    source = blob.raw(0, 0).source
+    contents = Contents(source)
+    ahead = 0
+    for row in np.unique(work.files).tolist():
+        entry = blob.toc[row]
+        file = RegularFile(entry.name, entry.size, entry.digest, blob.chunks_at(row))
+        if file.chunks[-1].end > ahead:
+            begin = file.chunks[0].offset
+            ahead = min(begin + AHEAD_SIZE, blob.toc_offset)
+            source.prefetch([(begin, ahead - begin)])
+        _drain(contents.stream(file))
+        if len(file.chunks) == 1 and file.chunks[0].digest != file.digest:
+            # The same bytes cannot have both digests: this raises for the other one.
+            _drain(contents.stream(file._replace(chunks=[file.chunks[0]._replace(digest=file.digest)])))
+
+
+def _drain(parts: Iterator[bytes]) -> None:
+    for _ in parts:
+        pass
 
 
 def _chunk_error(blob: Blob, work: _Work, index: int, status: int, errno: int, at: int, found: bytes) -> BaseException:
