@@ -415,6 +415,36 @@ def test_prefetch_landmark_is_in_order(peer: Path, tmp_path: Path) -> None:
     assert set(found.finding_counts) == {"no-archive-end"}
 
 
+def test_directories_that_nothing_describes() -> None:
+    """Of those inside each other the outermost."""
+    names = ("a/b/c/d", "a/b/x/y", "e/", "e/f/g", "e/h/", "e/h/i")
+    found = verify(estargz(tar_of(*((name, b"") for name in names))), strict=True)
+    assert [(finding.code, finding.entry) for finding in found.findings] == [("no-parent", "a/"), ("no-parent", "e/f/")]
+
+
+def test_many_little_members() -> None:
+    """Nothing but their number makes the work: they are not read over and over again."""
+    tar = tar_of(("a", b"1" * 3000))
+    members = [member(tar[:512]), member(tar[512:]), *[member(b"")] * 30_000]
+    _, toc = payload_and_toc(tar)
+    toc["entries"][0]["offset"] = len(members[0])
+
+    class Ranges:
+        name = "blob"
+
+        def __init__(self, blob: bytes) -> None:
+            self.blob, self.size, self.read = blob, len(blob), 0
+
+        def read_at(self, offset: int, size: int) -> bytes:
+            part = self.blob[offset : offset + size]
+            self.read += len(part)
+            return part
+
+    ranges = Ranges(assemble(b"".join(members), encode(toc)))
+    assert verify(ranges, strict=True).findings == ()
+    assert ranges.read < 30_000 * 5000
+
+
 # --- the spelling of the JSON
 
 
@@ -498,6 +528,29 @@ def test_mismatches_are_raised_as_ever() -> None:
     blob[60] ^= 1
     with pytest.raises(BlobError):
         verify(bytes(blob), strict=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 700, "min_chunk": 2000}], ids=str)
+def test_damage_anywhere_is_reported_in_order(options: dict[str, Any]) -> None:
+    """Whatever byte is changed, there is an error of this package or a report."""
+    tar = tar_of(("d/", b""), ("d/a", b"text " * 300), (".wh.x", b""), link("l", "d/a"), ("x/y", b""))
+    payload, toc = payload_and_toc(tar, **options)
+    text = encode(toc)
+    for position in range(len(text)):
+        damaged = bytearray(text)
+        damaged[position] ^= 1 << position % 7
+        try:
+            verify(assemble(payload, bytes(damaged)), strict=True, threads=1)
+        except BlobError:
+            continue
+    blob = assemble(payload, text)
+    for position in range(len(blob)):
+        damaged = bytearray(blob)
+        damaged[position] ^= 1 << position % 8
+        try:
+            verify(bytes(damaged), strict=True, threads=1)
+        except BlobError:
+            continue
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,8 @@ from estargz.reading.source import Window, blob_errors
 
 __all__ = ["MemberReader"]
 
+_FIRST_READ = 4096  # bytes
+
 
 class MemberReader:
     """The tar stream of a blob, as Blob.open_tar() gives it, noting on the way where its members begin.
@@ -75,18 +77,21 @@ class MemberReader:
 class _Bytes:
     """The compressed bytes from a member's first one on.
 
-    A read ends where the TOC says that the next member begins: what lies behind belongs to its own reader. If the TOC is
-    wrong that costs one read more.
+    Little more is read than the member is long, since what lies behind it will be read again: not beyond where the TOC says
+    that the next one begins, and first little, then more.
     """
 
     def __init__(self, window: Window, border: int) -> None:
         self.header_flags = 0
         self._window, self._border = window, border
         self._begin = window.at
+        self._most = _FIRST_READ
 
     def readinto(self, buffer: memoryview) -> int:
         at = self._window.at
-        count = self._window.readinto(buffer[: self._border - at] if at < self._border else buffer)
+        room = min(self._border - at, self._most) if at < self._border else self._most
+        self._most *= 2
+        count = self._window.readinto(buffer[:room])
         if at == self._begin and count > 3:
             self.header_flags = buffer[3]
         return count

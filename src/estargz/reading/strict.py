@@ -14,6 +14,7 @@ import re
 from array import array
 from collections.abc import Callable, Iterator
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from estargz._index import FLAG_CHUNK_DIGEST
 from estargz._inflate import InflateReader
 from estargz.digest import sha256
+from estargz.errors import BlobError
 from estargz.reading.blob import OPAQUE, WHITEOUT, Blob, begins_like_tar
 from estargz.reading.findings import BBOLT, CONTAINERS_STORAGE, FULL_PULL, MEMORY, RUNTIMES, Finding, Findings
 from estargz.reading.members import MemberReader
@@ -122,6 +124,16 @@ class Facts:
         found[self.nodes] = np.arange(len(self.nodes))
         return found
 
+    @cached_property
+    def first_below(self) -> list[int]:
+        """The first entry of each node or of anything below it; a child's number is higher than its parent's."""
+        count = len(self.nodes)
+        found = [entry if entry >= 0 else count for entry in self.first.tolist()]
+        parents = self.parents.tolist()
+        for node in range(len(found) - 1, 0, -1):
+            found[parents[node]] = min(found[parents[node]], found[node])
+        return found
+
     def node(self, path: str) -> int:
         return self.blob.toc.tree.find(path)
 
@@ -148,8 +160,11 @@ class Facts:
                 left -= len(piece)
                 yield piece
 
-        with blob_errors():
-            return read_text(pieces())
+        try:
+            with blob_errors():
+                return read_text(pieces())
+        except (ValueError, RecursionError) as error:
+            raise BlobError(f"{self.blob.name}: TOC: malformed JSON: {error}; build the blob again") from error
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -410,8 +425,9 @@ def check_duplicates(facts: Facts) -> Iterator[Finding]:
     """
     again = np.flatnonzero(facts.times[facts.nodes] > 1)
     order = again[np.argsort(facts.nodes[again], kind="stable")]
-    borders = np.flatnonzero(np.diff(facts.nodes[order])) + 1
-    for group in np.split(order, borders) if len(order) else ():
+    borders = np.flatnonzero(np.diff(facts.nodes[order], prepend=-1, append=-1)).tolist() if len(order) else []
+    for begin, end in pairwise(borders):
+        group = order[begin:end]
         name = facts.name(int(group[-1]))
         if (facts.kinds[group] == b"dir").all():
             yield Finding("note", "directory-again", name, f"{len(group)} entries for one directory")
@@ -429,10 +445,13 @@ def check_parents(facts: Facts) -> Iterator[Finding]:
     """
     nodes = np.arange(len(facts.parents))
     above = facts.parents
-    below = nodes[(above > 0) & (facts.last[above] < 0)]
-    for parent in np.unique(above[below]).tolist():
-        yield Finding("note", "no-parent", facts.path(parent) + "/", "is in no entry; runtimes make it with mode 0755")
-    below = nodes[(above > 0) & (facts.last[above] >= 0)]
+    implied = facts.last < 0
+    implied[0] = False
+    # Of those inside each other the outermost: the paths of all would be longer than the names in the table.
+    for node in np.flatnonzero(implied & ~implied[above]).tolist():
+        message = "is in no entry, but something below it is; runtimes make it with mode 0755"
+        yield Finding("note", "no-parent", facts.path(node) + "/", message)
+    below = nodes[(above > 0) & ~implied[above]]
     below = below[facts.kinds[facts.last[above[below]]] != b"dir"]
     _, at = np.unique(above[below], return_index=True)
     for child in below[at].tolist():
@@ -530,9 +549,8 @@ def check_whiteouts(facts: Facts) -> Iterator[Finding]:
 
 def _whiteout_beside(facts: Facts, entry: int, sibling: int) -> Finding:
     path = facts.path(sibling)
-    first = int(facts.first[sibling])
-    if first < 0:  # a directory without an entry of its own
-        first = int(np.searchsorted(facts.rows, min(facts.blob.toc.tree.below(sibling))))
+    # Of a directory without an entry of its own the first one below it.
+    first = facts.first[sibling] if facts.first[sibling] >= 0 else facts.first_below[sibling]
     is_dir = facts.last[sibling] < 0 or facts.kinds[facts.last[sibling]] == b"dir"
     if first < entry:
         message = f"removes {path!r}, which stands in front of it in this layer"

@@ -118,12 +118,11 @@ def verify(
     Proves for an eStargz blob: the footer and the TOC are well-formed, with nothing in between or around; every chunk,
     read at the TOC's offsets, has its digest, and every file the digest of its chunks in a row; the TOC's entries are
     the tar's, in number, order and all they state; every gzip checksum; and the two digests, as far as given.
-    A blob without an eStargz footer is accepted only with a ``diff_id`` and no ``toc_digest``: then that is checked,
-    and the stream's own checksums.
+    A blob without an eStargz footer is accepted only with a ``diff_id``, without ``toc_digest`` and not strictly: then the
+    DiffID is checked, and the stream's own checksums.
 
-    Raises UsageError for malformed digests, threads or runtimes, and for an ordinary layer that is to be looked at
-    strictly, OSError, BlobError for a malformed blob, and VerificationError,
-    which names the entry, what was expected and what was found, for anything that does not match.
+    Raises UsageError for malformed digests, threads or runtimes, OSError, BlobError for a malformed blob, and
+    VerificationError, which names the entry, what was expected and what was found, for anything that does not match.
     """
     if threads is not None and threads < 1:
         raise UsageError(f"threads must be 1 or more, not {threads}")
