@@ -5,8 +5,10 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import random
 import re
+import stat
 import subprocess
 import tarfile
 from collections.abc import Callable
@@ -27,7 +29,7 @@ from reference.blobs import (
     payload_and_toc,
     tar_of,
 )
-from reference.peer import report
+from reference.peer import report, run
 
 import estargz as package
 from estargz.cli import main
@@ -149,15 +151,16 @@ CASES: dict[str, Case] = {
     "name-not-utf8": case(named(b"caf\xe9"), "warning", LAZY, "caf\ufffd", go=None),
     "name-control": case(named(b"a\nb"), "warning", (), "a\nb"),
     "name-outside": case(named(b"a/../../b"), "error", (), "a/../../b"),
+    "name-long": case(tar_of(("a" * 256, b"1")), "error", (CONTAINERS_STORAGE, FULL_PULL), "a" * 256),
     "name-unclean": case(named(b"/a"), "warning", (), "/a"),
     "name-again": case(tar_of(("a", b"1"), ("a", b"2")), "warning", (CONTAINERS_STORAGE,), "a"),
     "directory-again": case(tar_of(("a/", b""), ("a/", b"")), "note", (), "a/"),
+    "directory-and-file": case(tar_of(("a", b""), ("a/b", b""), ("a/", b"")), "error", RUNTIMES, "a/", go=None),
     "no-parent": case(tar_of(("a/b/c", b"1")), "note", (), "a/"),
     "below-file": case(tar_of(("a", b"1"), ("a/b", b"1")), "error", RUNTIMES, "a", go=None),
     "below-symlink": case(
         tar_of(("b/", b""), link("a", "b", tarfile.SYMTYPE), ("a/c", b"1")), "warning", SNAPSHOTTER, "a", go=None
     ),
-    "directory-replaced": case(tar_of(("a/b", b"1"), ("a", b"1")), "warning", (CONTAINERS_STORAGE,), "a"),
     "link-target-missing": case(tar_of(link("a", "gone")), "warning", LAZY, "a", go=False),
     "link-target-behind": case(tar_of(link("a", "b"), ("b", b"1")), "error", (BBOLT, FULL_PULL), "a"),
     "link-target-replaced": case(
@@ -187,7 +190,6 @@ CASES: dict[str, Case] = {
 ALONGSIDE = {
     "no-parent": {"no-parent"},
     "link-target-replaced": {"name-again"},
-    "link-loop": {"link-target-behind"},
     "inner-offset": {"inner-offset"},
     "payload-at-zero": {"inner-offset"},
     "array-before-entries": {"key-unknown"},
@@ -403,7 +405,7 @@ def test_whiteouts(entries: tuple[str, ...], code: str | None, runtimes: tuple[s
 
 def test_file_with_entries_below_that_only_comes_later() -> None:
     found = verify(estargz(tar_of(("a/b", b""), ("a/c", b""), ("a", b""), ("a/d", b""))), strict=True)
-    assert {finding.code for finding in found.findings} == {"directory-replaced"}
+    assert [(finding.code, finding.entry) for finding in found.findings] == [("directory-and-file", "a")]
 
 
 def test_prefetch_landmark_is_in_order(peer: Path, tmp_path: Path) -> None:
@@ -481,6 +483,73 @@ def test_spelling_by_writers_in_use(peer: Path, tmp_path: Path) -> None:
 # --- what is made of it
 
 
+def test_made_up_layers_that_are_accepted_look_alike(peer: Path, tmp_path: Path, root: None) -> None:
+    """Entries that replace, remove, link and contain each other: what is accepted unpacks, and Go's reader serves the same."""
+    seen = dict.fromkeys((True, False), 0)
+    for seed in range(150):
+        blob, tree = tmp_path / "blob", tmp_path / str(seed)
+        blob.write_bytes(estargz(made_up(random.Random(seed)), chunk_size=400))
+        tree.mkdir()
+        found = verify(blob, strict=True, threads=1)
+        accepted = found.accepted[MEMORY] and found.accepted[FULL_PULL]
+        seen[accepted] += 1
+        if accepted:
+            run(peer, "apply", "-no-same-owner", blob, tree)
+            assert served(run(peer, "read", blob)) == unpacked(tree), (seed, found)
+    assert min(seen.values()) > 30
+
+
+PATHS = ("a", "b", "c", "d", "a/b", "a/c", "b/a", "a/b/c", ".wh.a", "a/.wh.b", "c/.wh..wh..opq")
+
+
+def made_up(rng: random.Random) -> bytes:
+    entries: list[tuple[str, bytes] | tarfile.TarInfo] = []
+    for _ in range(rng.randint(1, 5)):
+        name, kind = rng.choice(PATHS), rng.choice("rrrddslf")
+        if ".wh." in name:
+            entries.append((name, b""))
+        elif kind == "r":
+            entries.append((name, rng.randbytes(rng.choice((0, 3, 900)))))
+        elif kind == "d":
+            entries.append((f"{name}/", b""))
+        elif kind == "f":
+            entries.append(special(name, tarfile.FIFOTYPE))
+        else:
+            entries.append(link(name, rng.choice(PATHS[:8]), tarfile.SYMTYPE if kind == "s" else tarfile.LNKTYPE))
+    return tar_of(*entries)
+
+
+def served(listing: bytes) -> dict[str, tuple[str, str]]:
+    """What the reader serves, from the root down: path -> type, and content or target."""
+    rows = {row["name"]: row for row in map(json.loads, listing.splitlines()) if not row.get("hidden")}
+    found = {}
+    paths = [name for name in rows.get("", {}).get("children", ())]
+    for path in paths:
+        row = rows[path]
+        row = rows[row["target"]] if row["type"] == "hardlink" else row
+        assert "error" not in row
+        if not Path(path).name.startswith(".wh."):
+            found[path] = (row["type"], row.get("digest") or row.get("link_name") or "")
+        if rows[path]["type"] == "dir":
+            paths += [f"{path}/{name}" for name in rows[path].get("children", ())]
+    return found
+
+
+def unpacked(tree: Path) -> dict[str, tuple[str, str]]:
+    """The same of a directory."""
+    found = {}
+    for path in tree.rglob("*"):
+        kind = stat.S_IFMT(path.lstat().st_mode)
+        what = {
+            stat.S_IFREG: lambda path=path: ("reg", digest(path.read_bytes())),
+            stat.S_IFLNK: lambda path=path: ("symlink", os.readlink(path)),
+            stat.S_IFDIR: lambda: ("dir", ""),
+            stat.S_IFIFO: lambda: ("fifo", ""),
+        }
+        found[str(path.relative_to(tree))] = what[kind]()
+    return found
+
+
 def test_many_findings_are_counted_and_the_first_are_kept() -> None:
     tar = tar_of(*((name, b"") for i in range(150) for name in (f"{i:03}\n", f"/{i:03}")))
     found = verify(estargz(tar), strict=True)
@@ -554,21 +623,21 @@ def test_damage_anywhere_is_reported_in_order(options: dict[str, Any]) -> None:
 
 
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def run(code: str, *options: str) -> tuple[int, str]:
+    def verify_case(code: str, *options: str) -> tuple[int, str]:
         (tmp_path / "blob").write_bytes(CASES[code].blob)
         status = main(["verify", str(tmp_path / "blob"), *options])
         return status, capsys.readouterr().out
 
-    assert run("inner-offset")[0] == 0
-    status, text = run("inner-offset", "--strict")
+    assert verify_case("inner-offset")[0] == 0
+    status, text = verify_case("inner-offset", "--strict")
     assert status == 0
     assert "\ncontainers-storage        not accepted: inner-offset\n" in text
     assert "\nfull-pull                 accepted\n" in text
     assert "\nwarning     inner-offset: 'a': begins 512 bytes inside the member at 0" in text
-    status, text = run("inner-offset", "--for", "full-pull", "--for", "containers-storage")
+    status, text = verify_case("inner-offset", "--for", "full-pull", "--for", "containers-storage")
     assert status == 1 and "\nerror       inner-offset: 'a'" in text
-    assert run("inner-offset", "--for", "podman")[0] == 2
-    status, text = run("name-outside", "--strict", "--json")
+    assert verify_case("inner-offset", "--for", "podman")[0] == 2
+    status, text = verify_case("name-outside", "--strict", "--json")
     found = json.loads(text)
     assert status == 1
     assert found["findings"] == [

@@ -11,10 +11,12 @@ Each check names the source it follows. SS is containerd/stargz-snapshotter, CS 
 from __future__ import annotations
 
 import re
+import stat
 from array import array
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import pairwise
+from pathlib import PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +39,8 @@ SNAPSHOTTER = (MEMORY, BBOLT)
 LAZY = (MEMORY, BBOLT, CONTAINERS_STORAGE)
 _PIECE = 1 << 20
 _SKIP = 1 << 18
+_LINK_PARTS = 64  # of a link's target that are looked at; longer ones are made up
+_NAME_MAX, _PATH_MAX = 255, 4095  # bytes of a component and of a path, Linux
 _CS_TOC_MAX = 150 << 20  # maxTocSize in pkg/chunked/compression_linux.go of containers/storage
 
 Numbers = NDArray[np.int64]
@@ -85,6 +89,11 @@ class Facts:
         found: list[int] = np.flatnonzero(self.kinds == kind).tolist()
         return found
 
+    @cached_property
+    def chunks(self) -> Numbers:
+        """How many rows each entry takes in the TOC."""
+        return np.diff(np.append(self.rows, len(self.blob.toc)))
+
     # The tree of names: a node is a path, cleaned; node 0 is the root.
 
     @cached_property
@@ -125,14 +134,20 @@ class Facts:
         return found
 
     @cached_property
-    def first_below(self) -> list[int]:
-        """The first entry of each node or of anything below it; a child's number is higher than its parent's."""
-        count = len(self.nodes)
-        found = [entry if entry >= 0 else count for entry in self.first.tolist()]
-        parents = self.parents.tolist()
-        for node in range(len(found) - 1, 0, -1):
-            found[parents[node]] = min(found[parents[node]], found[node])
-        return found
+    def below(self) -> tuple[list[int], list[int]]:
+        """Of each node: the first and the last entry below it.
+
+        Where nothing is below, the first one is the number of all entries and the last one -1. Nodes are numbered so that
+        a child comes behind its parent.
+        """
+        count = len(self.parents)
+        first, last = [len(self.nodes)] * count, [-1] * count
+        own_first, own_last, parents = self.first.tolist(), self.last.tolist(), self.parents.tolist()
+        for node in range(count - 1, 0, -1):
+            parent = parents[node]
+            first[parent] = min(first[parent], first[node], own_first[node] if own_first[node] >= 0 else first[node])
+            last[parent] = max(last[parent], last[node], own_last[node])
+        return first, last
 
     def node(self, path: str) -> int:
         return self.blob.toc.tree.find(path)
@@ -358,17 +373,17 @@ def _inflated(facts: Facts, at: int, size: int) -> bytes:
 # --------------------------------------------------------------------------------------------------------------------
 # names
 
-_ODD_NAME = re.compile(rb"[\0-\x1f\x7f-\xff]|^/|//|/\.(?:/|$)|(?:^|/)\.\.(?:/|$)|^$")
+_ODD_NAME = re.compile(rb"[\0-\x1f\x7f-\xff]|[^/]{256}|^/|//|/\.(?:/|$)|(?:^|/)\.\.(?:/|$)|^$")
 
 
 def check_names(facts: Facts) -> Iterator[Finding]:
     """Names that mean the same as others, leave the root, or cannot be told.
 
     The TOC is JSON, so bytes that are no UTF-8 become U+FFFD there. Runtimes keep a name that leads out of the root inside
-    it (CD pkg/archive/tar.go, applyNaive), other unpackers need not.
+    it (CD pkg/archive/tar.go, applyNaive), other unpackers need not. What is too long for Linux cannot be unpacked at all.
     """
     for entry, name in enumerate(facts.tar_names()):
-        if _ODD_NAME.search(name):
+        if _ODD_NAME.search(name) or len(name) > _PATH_MAX:
             yield from _odd_name(name, facts.name(entry))
 
 
@@ -378,6 +393,10 @@ def _odd_name(name: bytes, text: str) -> Iterator[Finding]:
         yield Finding("warning", "name-not-utf8", text, message, LAZY)
     if any(byte < 0x20 or byte == 0x7F for byte in name):
         yield Finding("warning", "name-control", text, "its name has control characters")
+    if len(name) > _PATH_MAX or max(map(len, name.split(b"/"))) > _NAME_MAX:
+        yield Finding(
+            "error", "name-long", text, "its name is longer than Linux allows", (CONTAINERS_STORAGE, FULL_PULL)
+        )
     if _leaves_root(name):
         yield Finding("error", "name-outside", text, "its name leads out of the root")
     elif re.search(rb"^/|//|/\.(?:/|$)|(?:^|/)\.\.(?:/|$)|^$", name):
@@ -421,7 +440,8 @@ def check_reserved_names(facts: Facts) -> Iterator[Finding]:
 def check_duplicates(facts: Facts) -> Iterator[Finding]:
     """CS pkg/chunked/filesystem_linux.go makes files with O_EXCL and symlinks anew; directories may come again.
 
-    The others take the last one.
+    The others take the last one, but SS estargz.go (initFields) keeps the chunks of the one before if that one alone has
+    several, and CD pkg/archive/tar.go (applyNaive) sets the times of directories last, also of those that are gone.
     """
     again = np.flatnonzero(facts.times[facts.nodes] > 1)
     order = again[np.argsort(facts.nodes[again], kind="stable")]
@@ -432,18 +452,33 @@ def check_duplicates(facts: Facts) -> Iterator[Finding]:
         if (facts.kinds[group] == b"dir").all():
             yield Finding("note", "directory-again", name, f"{len(group)} entries for one directory")
         else:
-            message = f"{len(group)} entries have this name; the last one counts"
-            yield Finding("warning", "name-again", name, message, (CONTAINERS_STORAGE,))
+            yield _name_again(facts, group.tolist(), name)
+
+
+def _name_again(facts: Facts, group: list[int], name: str) -> Finding:
+    kinds = facts.kinds[group].tolist()
+    if b"dir" in kinds and (facts.below[1][facts.nodes[group[-1]]] >= 0 or kinds[-1] == b"symlink"):
+        return _directory_and_file(name)
+    message = f"{len(group)} entries have this name; the last one counts"
+    chunks = [int(facts.chunks[entry]) for entry in group]
+    if max(chunks[:-1]) > 1 == chunks[-1] and facts.scan.rows["size"][group[-1]] > 0:
+        runtimes = (MEMORY, CONTAINERS_STORAGE)
+        return Finding("warning", "name-again", name, f"{message}, but with the chunks of another", runtimes)
+    return Finding("warning", "name-again", name, message, (CONTAINERS_STORAGE,))
+
+
+def _directory_and_file(name: str) -> Finding:
+    message = "is a directory at first or in the end, and else none: what is below it depends on who reads"
+    return Finding("error", "directory-and-file", name, message, RUNTIMES)
 
 
 def check_parents(facts: Facts) -> Iterator[Finding]:
     """What lies below something that is no directory, and directories that nothing describes.
 
     CD pkg/archive/tar.go: applyNaive follows symbolic links of a path's parents inside the root, mkparent refuses other
-    files. SS estargz.go (getOrCreateDir) and db/reader.go hang children below whatever has the name, where nobody sees
-    them.
+    files, and the times of directories are set last, also of those that are gone. SS estargz.go (getOrCreateDir) and
+    db/reader.go hang children below whatever has the name, where nobody sees them.
     """
-    nodes = np.arange(len(facts.parents))
     above = facts.parents
     implied = facts.last < 0
     implied[0] = False
@@ -451,24 +486,36 @@ def check_parents(facts: Facts) -> Iterator[Finding]:
     for node in np.flatnonzero(implied & ~implied[above]).tolist():
         message = "is in no entry, but something below it is; runtimes make it with mode 0755"
         yield Finding("note", "no-parent", facts.path(node) + "/", message)
-    below = nodes[(above > 0) & ~implied[above]]
-    below = below[facts.kinds[facts.last[above[below]]] != b"dir"]
-    _, at = np.unique(above[below], return_index=True)
-    for child in below[at].tolist():
-        yield _child_of_file(facts, int(facts.last[above[child]]), child)
+    folders = np.zeros(len(above), bool)
+    folders[facts.nodes[facts.kinds == b"dir"]] = True
+    odd = np.unique(above[(above > 0) & ~implied[above] & ~folders[above]])
+    for node in odd.tolist():
+        yield _file_as_parent(facts, node)
 
 
-def _child_of_file(facts: Facts, parent: int, child: int) -> Finding:
-    path = facts.path(child)
-    kind = facts.kinds[parent].decode()
-    name = facts.name(parent)
-    if 0 <= facts.first[child] < parent:
-        message = f"replaces a directory in which {path!r} was already"
-        return Finding("warning", "directory-replaced", name, message, (CONTAINERS_STORAGE,))
-    if kind == "symlink":
-        message = f"is a symbolic link, and {path!r} lies below it: where it points to, or nowhere"
-        return Finding("warning", "below-symlink", name, message, SNAPSHOTTER)
-    return Finding("error", "below-file", name, f"is of type {kind}, and {path!r} lies below it", RUNTIMES)
+def _file_as_parent(facts: Facts, node: int) -> Finding:
+    entry = int(facts.last[node])
+    kind = facts.kinds[entry].decode()
+    name = facts.name(entry)
+    if facts.below[0][node] < entry:
+        return _directory_and_file(name)
+    if kind == "symlink" and not _is_blocked(facts.blob, name):
+        return Finding("warning", "below-symlink", name, "is a symbolic link, and something lies below it", SNAPSHOTTER)
+    return Finding("error", "below-file", name, f"is of type {kind}, and something lies below it", RUNTIMES)
+
+
+def _is_blocked(blob: Blob, name: str) -> bool:
+    """Whether a symbolic link leads to what is no directory, or in a circle; to other layers it may lead."""
+    target = PurePosixPath(name).parent / blob.readlink(name)
+    for path in (name, *map(str, target.parents[:_LINK_PARTS])):
+        try:
+            if not stat.S_ISDIR(blob.stat(path).st_mode):
+                return True
+        except FileNotFoundError:
+            pass
+        except (OSError, BlobError):
+            return True
+    return False
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -487,7 +534,7 @@ def check_hard_links(facts: Facts) -> Iterator[Finding]:
     dangling = np.zeros(len(facts.rows), bool)
     for entry in links:
         node = facts.node(facts.link(entry))
-        dangling[entry] = node < 0 or facts.last[node] < 0
+        dangling[entry] = node < 0 or facts.last[node] < 0 or node == facts.nodes[entry]
         if not dangling[entry]:
             target[entry] = facts.last[node]
         yield from _link_target(facts, entry, node)
@@ -501,7 +548,9 @@ def check_hard_links(facts: Facts) -> Iterator[Finding]:
 
 def _link_target(facts: Facts, entry: int, node: int) -> Iterator[Finding]:
     link = facts.link(entry)
-    if node < 0 or facts.last[node] < 0:
+    if node == facts.nodes[entry]:
+        yield Finding("error", "link-loop", facts.name(entry), "is a hard link to itself", RUNTIMES)
+    elif node < 0 or facts.last[node] < 0:
         message = f"is a hard link to {link!r}, which is not in this layer"
         yield Finding("warning", "link-target-missing", facts.name(entry), message, LAZY)
     elif facts.first[node] >= entry:
@@ -549,8 +598,9 @@ def check_whiteouts(facts: Facts) -> Iterator[Finding]:
 
 def _whiteout_beside(facts: Facts, entry: int, sibling: int) -> Finding:
     path = facts.path(sibling)
-    # Of a directory without an entry of its own the first one below it.
-    first = facts.first[sibling] if facts.first[sibling] >= 0 else facts.first_below[sibling]
+    first = facts.below[0][sibling]
+    if facts.first[sibling] >= 0:
+        first = min(first, int(facts.first[sibling]))
     is_dir = facts.last[sibling] < 0 or facts.kinds[facts.last[sibling]] == b"dir"
     if first < entry:
         message = f"removes {path!r}, which stands in front of it in this layer"
