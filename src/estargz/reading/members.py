@@ -34,7 +34,8 @@ class MemberReader:
         self.adorned = 0
         self.first_adorned = -1
         self._blob = blob
-        self._named = np.unique(blob.entries["offset"])
+        self._borders = np.append(np.unique(blob.entries["offset"]), blob.toc_offset)
+        self._next = 0  # the first border behind the member
         self._at = self._position = 0
         self._open: tuple[InflateReader, _Bytes] | None = None
 
@@ -42,26 +43,27 @@ class MemberReader:
         """Fill the buffer; less than its length only at the end. Raises BlobError for damaged members."""
         view = memoryview(buffer)
         done = 0
-        while done < len(view):
-            if self._open is None:
-                if self._at == self._blob.toc_offset:
-                    break
-                self._open = self._begin()
-            member, source = self._open
-            with blob_errors():
+        with blob_errors():
+            while done < len(view):
+                if self._open is None:
+                    if self._at == self._blob.toc_offset:
+                        break
+                    self._open = self._begin(self._position + done)
+                member, source = self._open
                 count = member.readinto(view[done:])
-            self._position += count
-            if count < len(view) - done:
-                self._end(member, source)
-            done += count
+                if count < len(view) - done:
+                    self._end(member, source)
+                done += count
+        self._position += done
         return done
 
-    def _begin(self) -> tuple[InflateReader, _Bytes]:
-        number = int(np.searchsorted(self._named, self._at, "right"))
-        if self._at == 0 or (number and self._named[number - 1] == self._at):
+    def _begin(self, position: int) -> tuple[InflateReader, _Bytes]:
+        while self._borders[self._next] <= self._at:
+            self._next += 1
+        if self._at == 0 or (self._next and self._borders[self._next - 1] == self._at):
             self.offsets.append(self._at)
-            self.positions.append(self._position)
-        border = int(self._named[number]) if number < len(self._named) else self._blob.toc_offset
+            self.positions.append(position)
+        border = int(self._borders[self._next])
         source = _Bytes(self._blob.raw(self._at, self._blob.toc_offset), border)
         name = f"{self._blob.name}: member at byte {self._at}"
         return InflateReader(source, "gzip", name=name, single=True, strict=True), source
