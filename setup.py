@@ -39,6 +39,9 @@ STAGES: dict[str, tuple[list[str], list[str]]] = {
     "_index": ([], []),
     "_record": ([], []),
     "_inflate_ahead": ([], []),
+    "_place": ([], []),
+    "_folders": ([], []),
+    "_extract": ([], []),
 }
 
 

@@ -46,7 +46,25 @@ enum est_status {
     EST_ZSTD_DATA = -63,
     EST_ZSTD_TRUNCATED = -64,
     EST_TRAILING_GARBAGE = -65,
-    EST_TOO_LARGE = -66       /* output beyond the caller's limit */
+    EST_TOO_LARGE = -66,      /* output beyond the caller's limit */
+
+    /* placing entries in a directory; est_failure.sys_errno says why, est_failure.offset is the entry's header */
+    EST_PLACE_CREATE = -70,
+    EST_PLACE_WRITE = -71,
+    EST_PLACE_META = -72,     /* owner, mode or time */
+    EST_PLACE_XATTR = -73,
+    EST_PLACE_REMOVE = -74,   /* what stands in an entry's place, or what a whiteout hides */
+    EST_PLACE_PARENT = -75,   /* no directory where an entry needs one */
+    EST_PLACE_ROOT = -76,     /* the name means the root, the type is none of a directory */
+    EST_PLACE_LINK = -77,     /* the name is both names of the hard link */
+    EST_LINK_TARGET = -78,    /* a hard link's target is not there; likewise */
+    EST_LINK_UNSELECTED = -79, /* ... or is none of the paths that were asked for */
+    EST_WHITEOUT_NAME = -80,  /* a whiteout of no name, or of a directory's own or its parent's */
+    EST_OWNER_RANGE = -81,
+    EST_DEVICE_RANGE = -82,
+    EST_LIMIT_SIZE = -83,     /* more bytes than the caller allows */
+    EST_LIMIT_ENTRIES = -84,
+    EST_LIMIT_XATTRS = -85    /* attributes of directories that wait for the end take too much memory */
 };
 
 #endif

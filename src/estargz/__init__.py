@@ -24,6 +24,7 @@ from estargz.layer import Layer
 
 if TYPE_CHECKING:
     from estargz.reading.blob import Blob, open
+    from estargz.reading.extracting import Extracted, extract
     from estargz.reading.verifying import Report, verify
     from estargz.recording import Recorded, record
     from estargz.writing.access_log import AccessLog, PathPattern, match, read_access_log
@@ -39,6 +40,7 @@ __all__ = [
     "ChangedError",
     "Compressor",
     "EstargzError",
+    "Extracted",
     "Layer",
     "PathPattern",
     "RangeError",
@@ -51,6 +53,7 @@ __all__ = [
     "VerificationError",
     "Writer",
     "build",
+    "extract",
     "match",
     "open",
     "read_access_log",
@@ -63,11 +66,13 @@ _LAZY = {
     "AccessLog": "estargz.writing.access_log",
     "Blob": "estargz.reading.blob",
     "Compressor": "estargz.writing.writer",
+    "Extracted": "estargz.reading.extracting",
     "PathPattern": "estargz.writing.access_log",
     "Recorded": "estargz.recording",
     "Report": "estargz.reading.verifying",
     "Writer": "estargz.writing.writer",
     "build": "estargz.writing.building",
+    "extract": "estargz.reading.extracting",
     "match": "estargz.writing.access_log",
     "open": "estargz.reading.blob",
     "read_access_log": "estargz.writing.access_log",

@@ -115,6 +115,34 @@ _STATUS: dict[int, tuple[type[EstargzError], str, str]] = {
     -64: (SourceError, "{name}: the zstd stream ends too early, at byte {offset}", "the input is truncated; fetch it again"),
     -65: (SourceError, "{name}: garbage after the compressed data, at byte {offset}", "the input is damaged; fetch it again"),
     -66: (BlobError, "{name}: inflates beyond the limit of {offset} bytes", "raise the limit if the blob is trusted"),
+    -70: (SinkError, "{name}: cannot be created{at}: {cause}", "check the rights and the space of the directory"),
+    -71: (SinkError, "{name}: cannot be written{at}: {cause}", "free some space or check the directory"),
+    -72: (
+        SinkError,
+        "{name}: its owner, mode or time cannot be set{at}: {cause}",
+        "extract as root, or without owners (--no-same-owner)",
+    ),
+    -73: (
+        SinkError,
+        "{name}: its extended attributes cannot be set{at}: {cause}",
+        "choose a file system that keeps them, or leave them out (--no-xattrs)",
+    ),
+    -74: (SinkError, "{name}: what stands there cannot be removed{at}: {cause}", "check the rights of the directory"),
+    -75: (
+        SinkError,
+        "{name}: the directory it belongs in cannot be reached{at}: {cause}",
+        "the layers contradict each other or the directory; extract into an empty one",
+    ),
+    -76: (TarError, "{name}: stands for the root and is no directory{at}", "make the tar without it"),
+    -77: (SinkError, "{name}: the hard link cannot be made{at}: {cause}", "the tar is damaged or the file system has none"),
+    -78: (TarError, "{name}: the hard link's target is not there{at}: {cause}", "extract the layers below it first"),
+    -79: (UsageError, "{name}: the hard link's target is not selected{at}", "select that path too"),
+    -80: (TarError, "{name}: a whiteout of no file{at}", "the layer was made to do harm or by a faulty builder"),
+    -81: (TarError, "{name}: no system has the owner it states{at}", "leave owners out (--no-same-owner)"),
+    -82: (TarError, "{name}: no system has the device it states{at}", "make the tar without it"),
+    -83: (SourceError, "{name}: goes beyond the size allowed{at}", "raise --max-size if the layer is trusted"),
+    -84: (SourceError, "{name}: goes beyond the number of entries allowed{at}", "raise max_entries if the layer is trusted"),
+    -85: (SourceError, "{name}: attributes of directories exceed 256 MiB{at}", "leave them out (--no-xattrs)"),
 }  # fmt: skip
 
 

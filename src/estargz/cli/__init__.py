@@ -22,6 +22,7 @@ __all__ = ["main"]
 _COMMANDS = {
     "build": ("estargz.cli.build", "Build a layer from a directory, two directories or a tar."),
     "cat": ("estargz.cli.cat", "Write a file of a blob to standard output, verified."),
+    "extract": ("estargz.cli.extract", "Apply layers to a directory."),
     "info": ("estargz.cli.info", "Show a blob's sizes, digests and counts."),
     "ls": ("estargz.cli.ls", "List the entries of a blob."),
     "record": ("estargz.cli.record", "Run a command and list the files that it opens."),
