@@ -119,16 +119,8 @@ def layers(name: str, scratch: Path) -> Iterator[tuple[Path, Path] | None]:
 
 
 def into(scratch: Path, command: Callable[[Path], Sequence[str]]) -> Callable[[], Run]:
-    """Runs a command that fills an empty directory, which is removed afterwards."""
-
-    def once() -> Run:
-        target = Path(tempfile.mkdtemp(dir=scratch))
-        try:
-            return run(command(target), scratch)
-        finally:
-            shutil.rmtree(target)
-
-    return once
+    """Runs a command that fills an empty directory. It stays until the end: ext4 makes files slowly behind mass deletions."""
+    return lambda: run(command(Path(tempfile.mkdtemp(dir=scratch))), scratch)
 
 
 def extract(name: str, scratch: Path, rounds: int) -> Iterator[dict[str, Any]]:

@@ -18,11 +18,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from estargz._extract import Extractor
-from estargz._inflate import InflateReader, detect
+from estargz._inflate import detect
+from estargz._inflate_ahead import InflateAhead
+from estargz.digest import parse_digest
 from estargz.errors import BlobError, UsageError, VerificationError
 from estargz.options import MAX_THREADS, Progress, usable_threads
-from estargz.reading import blob as blobs
-from estargz.reading.source import RangeReader, Readable, Window, open_source
+from estargz.reading.blob import begins_like_tar
+from estargz.reading.footer import footer_of
+from estargz.reading.source import RangeReader, Readable, Source, Window, blob_errors, open_source
 
 __all__ = ["Extracted", "extract"]
 
@@ -133,7 +136,7 @@ def extract(
             undone.callback(extractor.clear)
         undone.callback(extractor.abandon)
         for source, diff_id in zip(sources, wanted, strict=True):
-            _extract_layer(extractor, source, diff_id)
+            _extract_layer(extractor, source, diff_id, threads)
         missing = extractor.missing_paths()
         if missing:
             raise UsageError(f"{os.fsdecode(missing[0])!r} is in none of the layers; estargz ls shows what is")
@@ -164,7 +167,7 @@ def _digests(sources: Sequence[Layer], diff_ids: Sequence[str] | None) -> Sequen
     if isinstance(diff_ids, str) or len(diff_ids) != len(sources):
         raise UsageError(f"one DiffID for each of the {len(sources)} layers, or none at all")
     for text in diff_ids:
-        blobs.parse_digest(text, "DiffID")
+        parse_digest(text, "DiffID")
     return diff_ids
 
 
@@ -231,14 +234,14 @@ def _skipped(extractor: Extractor) -> Iterator[tuple[str, str]]:
 class _Stream:
     """A layer's tar, and what follows it. own_names: it is an eStargz blob, whose own files are none of the tree's."""
 
-    def __init__(self, name: str, inflated: InflateReader, own_names: bool, hashed: bool) -> None:
+    def __init__(self, name: str, inflated: InflateAhead, own_names: bool, hashed: bool) -> None:
         self.name = name
         self.own_names = own_names
         self._inflated = inflated
         self._digest = hashlib.sha256() if hashed else None
 
     def readinto(self, buffer: memoryview) -> int:
-        with blobs.blob_errors():
+        with blob_errors():
             count = self._inflated.readinto(buffer)
         if self._digest is not None:
             self._digest.update(buffer[:count])
@@ -254,29 +257,37 @@ class _Stream:
             )
 
 
-def _extract_layer(extractor: Extractor, source: Layer, diff_id: str | None) -> None:
+def _extract_layer(extractor: Extractor, source: Layer, diff_id: str | None, threads: int) -> None:
     with ExitStack() as opened:
-        stream = _open_layer(source, diff_id is not None, opened)
+        stream = _open_layer(source, diff_id is not None, _inflating_threads(threads), opened)
         extractor.extract(stream.readinto, stream.name, stream.own_names)
         stream.check(diff_id)
 
 
-def _open_layer(source: Layer, hashed: bool, opened: ExitStack) -> _Stream:
+def _inflating_threads(threads: int) -> int:
+    """Threads that inflate beside as many that write files: each is about half of the work, and waits for the other."""
+    return min(threads, 8)
+
+
+def _open_layer(source: Layer, hashed: bool, threads: int, opened: ExitStack) -> _Stream:
     """The tar of a layer. What follows the tar of an eStargz blob is part of its DiffID, and read only for that."""
     pipe = _pipe(source, opened)
     if pipe is not None:
-        return _piped(pipe, hashed)
+        return _piped(pipe, hashed, threads, opened)
     file = open_source(source)
     opened.callback(file.close)
-    footer = blobs.footer_of(file)
+    footer = footer_of(file)
     end = file.size if footer is None or hashed else footer.toc_offset
     kind = detect(file.read_at(0, 4))
     _require_layer(kind, file.read_at(0, _PREFIX), file.name)
-    return _Stream(file.name, _inflated(Window(file, 0, end), kind, file.name), footer is not None, hashed)
+    inflated = opened.enter_context(_inflated(file, end, kind, threads))
+    return _Stream(file.name, inflated, footer is not None, hashed)
 
 
-def _inflated(raw: Any, kind: str, name: str) -> InflateReader:
-    return InflateReader(raw, kind, name=name)
+def _inflated(file: Source, end: int, kind: str, threads: int) -> InflateAhead:
+    if file.kernel is None:
+        return InflateAhead(Window(file, 0, end), kind, name=file.name, threads=threads)
+    return InflateAhead(file.kernel, kind, end=end, name=file.name, threads=threads)
 
 
 def _pipe(source: Layer, opened: ExitStack) -> Any:
@@ -320,7 +331,7 @@ def _read(readable: Any, size: int) -> bytes:
     return data
 
 
-def _piped(pipe: Any, hashed: bool) -> _Stream:
+def _piped(pipe: Any, hashed: bool, threads: int, opened: ExitStack) -> _Stream:
     """The end cannot be looked at first: in any gzip stream, the eStargz format's names are taken for its files."""
     name = str(getattr(pipe, "name", "input"))
     prefix = b""
@@ -328,9 +339,10 @@ def _piped(pipe: Any, hashed: bool) -> _Stream:
         prefix += piece
     kind = detect(prefix)
     _require_layer(kind, prefix, name)
-    return _Stream(name, _inflated(_Rejoined(prefix, pipe), kind, name), kind == "gzip", hashed)
+    inflated = opened.enter_context(InflateAhead(_Rejoined(prefix, pipe), kind, name=name, threads=threads))
+    return _Stream(name, inflated, kind == "gzip", hashed)
 
 
 def _require_layer(kind: str, prefix: bytes, name: str) -> None:
-    if kind == "plain" and not blobs.begins_like_tar(prefix):
+    if kind == "plain" and not begins_like_tar(prefix):
         raise BlobError(f"{name}: is neither a compressed layer nor a tar; check that it is the right file")
