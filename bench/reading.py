@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The reading side against others: extracting, converting, opening a large table, reading lazily from a registry.
 
-    .venv/bin/python bench/reading.py [--only PART ...] [--trees NAME ...] [--rounds N] [--output FILE]
+    .venv/bin/python bench/reading.py [--only PART ...] [--trees NAME ...] [--rounds N] [--scratch DIR] [--output FILE]
 
 Every round runs all ways in turn; ratios are taken round by round. Figures go to build/bench/reading.json, or FILE, and as
 tables to standard output.
@@ -197,10 +197,10 @@ def index(name: str, scratch: Path, rounds: int) -> Iterator[dict[str, Any]]:
 def lazy(name: str, scratch: Path, rounds: int) -> Iterator[dict[str, Any]]:
     """What is fetched from a registry to list a layer, read a small file of it, and fetch what its landmark says."""
     import registry as registries
-    from estargz.reading.cache import CachedSource
-    from estargz.reading.http import HttpSource
 
     import estargz
+    from estargz.reading.cache import CachedSource
+    from estargz.reading.http import HttpSource
 
     if why := available("docker-registry"):
         print(f"reading lazily: {why}", file=sys.stderr)
@@ -262,13 +262,19 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--trees", nargs="+", default=["venv", "debian", "node"])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--scratch", default="/var/tmp", help="where layers and what is extracted go")
     parser.add_argument("--output", type=Path, default=OUTPUT)
     options = parser.parse_args()
-    found: dict[str, Any] = {"machine": machine.facts(peer()), "commit": machine.commit(), "rounds": options.rounds}
+    found: dict[str, Any] = {
+        "machine": machine.facts(peer()),
+        "commit": machine.commit(),
+        "rounds": options.rounds,
+        "scratch": options.scratch,
+    }
     for part in options.only:
         # One tree is enough where the figure depends on a size alone.
         for name in options.trees if part in ("extract", "convert") else options.trees[:1]:
-            with tempfile.TemporaryDirectory(prefix="estargz-bench-", dir="/var/tmp") as scratch:
+            with tempfile.TemporaryDirectory(prefix="estargz-bench-", dir=options.scratch) as scratch:
                 found.setdefault(part, []).extend(globals()[part](name, Path(scratch), options.rounds))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(found, indent=1))

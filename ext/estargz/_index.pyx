@@ -9,6 +9,9 @@ A million entries take some 300 MB here, and nothing per entry is a Python objec
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t
 from libc.string cimport memcmp, memcpy, memset
 
+cdef extern from "<string.h>" nogil:
+    size_t strnlen(const char *text, size_t most)
+
 from cpython.buffer cimport PyBuffer_FillInfo
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE
 from cpython.unicode cimport PyUnicode_DecodeUTF8
@@ -368,6 +371,35 @@ cdef class TocIndex:
         group = PyUnicode_DecodeUTF8(at, row.group_name_len, "strict") if row.group_name_len else ""
         at += row.group_name_len
         return name, link, user, group, at[:row.xattrs_len] if row.xattrs_len else b""
+
+    def facts(self, int64_t index):
+        """All that a row says besides its texts, by the names of ROW_FIELDS; digests as bytes, the type as text."""
+        if not 0 <= index < <int64_t>len(self):
+            raise IndexError(index)
+        cdef const entry_row *row = self.row(index)
+        return {
+            "type": row.type[:strnlen(row.type, 8)].decode(),
+            "flags": row.flags,
+            "size": row.size,
+            "mtime": row.mtime,
+            "mode": row.mode,
+            "uid": row.uid,
+            "gid": row.gid,
+            "dev_major": row.dev_major,
+            "dev_minor": row.dev_minor,
+            "offset": row.offset,
+            "end": row.end,
+            "inner_offset": row.inner_offset,
+            "chunk_offset": row.chunk_offset,
+            "chunk_size": row.chunk_size,
+            "digest": (<const char *>row.digest)[:32],
+            "chunk_digest": (<const char *>row.chunk_digest)[:32],
+        }
+
+    def hard_links(self):
+        """The rows that are hard links."""
+        cdef int64_t index
+        return [index for index in range(len(self)) if memcmp(self.row(index).type, b"hardlink", 8) == 0]
 
     def with_prefix(self, str prefix):
         """The rows whose last component, as the table spells it, begins so."""

@@ -7,7 +7,6 @@ import json
 from typing import Any
 
 import click
-import numpy as np
 
 from estargz.reading import blob as blobs
 from estargz.reading.blob import Blob
@@ -36,6 +35,8 @@ def command(blob: str, digest: bool, as_json: bool) -> None:
 
 def describe(blob: Blob) -> dict[str, Any]:
     """What the footer and the TOC tell."""
+    import numpy as np
+
     kinds, numbers = np.unique(blob.entries["type"], return_counts=True)
     counts = {kind.decode(): int(number) for kind, number in zip(kinds, numbers, strict=True) if kind != b"chunk"}
     return {

@@ -13,10 +13,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, Protocol, Self
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from estargz._inflate import InflateReader, detect
 from estargz.digest import parse_digest
@@ -25,6 +22,10 @@ from estargz.reading.content import Chunk, ContentFile, Contents, RegularFile
 from estargz.reading.footer import footer_of, read_toc, require_footer
 from estargz.reading.source import Readable, Source, Window, blob_errors, open_source
 from estargz.reading.toc import LANDMARKS, Limits, TOCEntry, load_table, modtime_seconds, owners
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = ["Blob", "Chunk", "open", "open_tar"]
 
@@ -59,7 +60,7 @@ class Blob:
     size:        bytes of the blob
     footer:      its Footer
     toc:         the table: a sequence of TOCEntry in the order of the tar, chunks after their file
-    entries:     the same as a structured array, one row an entry, dtype estargz.reading.toc.ENTRY
+    entries:     the same as a structured array, one row an entry; its fields are told at Table.rows
 
     This is the view that lazily pulling runtimes serve; it equals the tar's only after verify(). Names are cleaned to be
     relative to the root; of entries with the same name the last one counts. Methods that take a path follow symbolic
@@ -81,7 +82,6 @@ class Blob:
         stored = read_toc(source, self.footer, limits.toc_size, toc_digest)
         self.toc_end, self.toc_digest, self.toc_size = stored.end, stored.digest, stored.size
         self.toc = load_table(stored.pieces, self.toc_offset, limits, name=f"{self.name}: TOC")
-        self.entries: NDArray[np.void] = self.toc.rows
         self._contents = Contents(source)
 
     def __enter__(self) -> Self:
@@ -93,6 +93,10 @@ class Blob:
     def close(self) -> None:
         """Give the source back; closing twice does no harm."""
         self._source.close()
+
+    @property
+    def entries(self) -> NDArray[np.void]:
+        return self.toc.rows
 
     # ----------------------------------------------------------------------------------------------- names
 
@@ -217,6 +221,8 @@ class Blob:
         Returns [begin, end) offsets, shape (ranges, 2), ascending, neighbours merged. Symbolic links are followed for the
         paths themselves, not for what is below them; hard links always. Raises FileNotFoundError.
         """
+        import numpy as np
+
         chosen = np.zeros(len(self.toc), bool)
         for path in paths:
             chosen[self.toc.tree.below(self._resolve(path))] = True
@@ -232,11 +238,11 @@ class Blob:
         Returns the bytes of the blob that are meant. Sources without a cache do nothing.
         """
         if paths is None:
-            wanted = np.array([[0, self.prefetch_size]] if self.prefetch_size else np.empty((0, 2)), np.int64)
+            wanted = [(0, self.prefetch_size)] if self.prefetch_size else []
         else:
-            wanted = self.byte_ranges(paths)
-        self._source.prefetch([(begin, end - begin) for begin, end in wanted.tolist()])
-        return int((wanted[:, 1] - wanted[:, 0]).sum())
+            wanted = [(begin, end - begin) for begin, end in self.byte_ranges(paths).tolist()]
+        self._source.prefetch(wanted)
+        return sum(size for _, size in wanted)
 
     def open_tar(self) -> Tar:
         """The original tar stream, as it was before the TOC was appended: has read() and readinto().
@@ -366,7 +372,7 @@ class Blob:
             entry = self.toc[row + len(parts)]
             size = entry.chunk_size or file.size - entry.chunk_offset
             digest = entry.chunk_digest or (file.digest if size == file.size else "")
-            end = int(self.entries["end"][row + len(parts)])
+            end = self.toc.tree.facts(row + len(parts))["end"]
             parts.append(Chunk(entry.offset, end, entry.inner_offset, entry.chunk_offset, size, digest))
             covered += size
         return parts
@@ -376,6 +382,8 @@ class Blob:
     @cached_property
     def files_of_rows(self) -> NDArray[np.int64]:
         """For each row the row of its file: its own, or for a chunk that of the file before it."""
+        import numpy as np
+
         numbers = np.arange(len(self.toc), dtype=np.int64)
         return np.maximum.accumulate(np.where(self.entries["type"] == b"chunk", 0, numbers))
 
@@ -387,7 +395,7 @@ class Blob:
     def _hard_links(self) -> dict[int, int]:
         """Row of a file -> how many hard links lead to it."""
         counts: dict[int, int] = {}
-        for row in np.flatnonzero(self.entries["type"] == b"hardlink").tolist():
+        for row in self.toc.tree.hard_links():
             try:
                 target = self._follow_hard_links(row)
             except BlobError:
@@ -409,6 +417,8 @@ class Blob:
 
 def _merged(begins: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
     """Ascending ranges, those that touch or overlap joined; shape (ranges, 2)."""
+    import numpy as np
+
     if not len(begins):
         return np.empty((0, 2), np.int64)
     order = np.argsort(begins, kind="stable")

@@ -17,17 +17,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
-from typing import Any, NoReturn, overload
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NoReturn, overload
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from estargz._index import FLAG_CHUNK_DIGEST, FLAG_DIGEST, ROW_FIELDS, TocIndex
 from estargz.errors import BlobError, UsageError
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 __all__ = [
-    "ENTRY",
     "TOC",
     "Limits",
     "TOCEntry",
@@ -254,15 +256,6 @@ def owners(entries: Iterable[TOCEntry]) -> Iterator[tuple[str, str]]:
 # the table as rows
 
 
-ENTRY = np.dtype(ROW_FIELDS)
-"""One row of Table.rows, in the units of TOCEntry, and
-
-end:         where the compressed bytes of the payload end: the next member that the table names, or the TOC; 0: no payload
-flags:       FLAG_DIGEST, FLAG_CHUNK_DIGEST: the digest is there; FLAG_APART: the row does not say all that the entry does
-strings_at, name_len, ...:  where the strings are; private
-"""
-
-
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What a table may ask of its reader; whatever is larger is refused before memory is taken for it.
@@ -291,13 +284,27 @@ class Limits:
 class Table(Sequence[TOCEntry]):
     """The entries of a table of contents: a sequence of TOCEntry that are made when they are asked for.
 
-    ``rows``: structured array of shape (entries,), dtype ENTRY, read-only, in the order of the table; ``tree``: their
-    strings and the tree of their names.
+    ``tree``: their rows, strings and names.
     """
 
-    def __init__(self, index: TocIndex) -> None:
-        self.tree = index
-        self.rows: NDArray[np.void] = np.frombuffer(memoryview(index), ENTRY) if len(index) else np.empty(0, ENTRY)
+    def __init__(self, tree: TocIndex) -> None:
+        self.tree = tree
+
+    @cached_property
+    def rows(self) -> NDArray[np.void]:
+        """The entries as a structured array of shape (entries,), read-only, in the order of the table.
+
+        Fields are those of TOCEntry in the same units, ``type`` as bytes, digests as 32 bytes each, and
+
+        end:       where the compressed bytes of the payload end: the next member that the table names, or the TOC; 0: none
+        mtime:     seconds since the epoch
+        flags:     FLAG_DIGEST, FLAG_CHUNK_DIGEST: the digest is there; FLAG_APART: the row does not say all that the entry
+                   does
+        strings_at, name_len, ...:  where the texts are; private
+        """
+        import numpy as np  # takes a tenth of a second, which reading a file need not pay
+
+        return np.frombuffer(memoryview(self.tree), ROW_FIELDS) if len(self) else np.empty(0, ROW_FIELDS)
 
     def __len__(self) -> int:
         return len(self.tree)
@@ -317,30 +324,28 @@ class Table(Sequence[TOCEntry]):
         return self.tree.apart.get(i) or self._made(i)
 
     def _made(self, i: int) -> TOCEntry:
-        row = self.rows[i]
         name, link_name, user_name, group_name, xattrs = self.tree.texts(i)
-        flags = int(row["flags"])
-        mtime = int(row["mtime"])
+        facts = self.tree.facts(i)
         return TOCEntry(
             name=name,
-            type=row["type"].decode(),
-            size=int(row["size"]),
-            modtime=rfc3339(mtime) if mtime else "",
+            type=facts["type"],
+            size=facts["size"],
+            modtime=rfc3339(facts["mtime"]) if facts["mtime"] else "",
             link_name=link_name,
-            mode=int(row["mode"]),
-            uid=int(row["uid"]),
-            gid=int(row["gid"]),
+            mode=facts["mode"],
+            uid=facts["uid"],
+            gid=facts["gid"],
             user_name=user_name,
             group_name=group_name,
-            offset=int(row["offset"]),
-            inner_offset=int(row["inner_offset"]),
-            dev_major=int(row["dev_major"]),
-            dev_minor=int(row["dev_minor"]),
+            offset=facts["offset"],
+            inner_offset=facts["inner_offset"],
+            dev_major=facts["dev_major"],
+            dev_minor=facts["dev_minor"],
             xattrs=msgspec.json.decode(xattrs, type=dict[str, str]) if xattrs else {},
-            digest="sha256:" + row["digest"].tobytes().hex() if flags & FLAG_DIGEST else "",
-            chunk_offset=int(row["chunk_offset"]),
-            chunk_size=int(row["chunk_size"]),
-            chunk_digest="sha256:" + row["chunk_digest"].tobytes().hex() if flags & FLAG_CHUNK_DIGEST else "",
+            digest="sha256:" + facts["digest"].hex() if facts["flags"] & FLAG_DIGEST else "",
+            chunk_offset=facts["chunk_offset"],
+            chunk_size=facts["chunk_size"],
+            chunk_digest="sha256:" + facts["chunk_digest"].hex() if facts["flags"] & FLAG_CHUNK_DIGEST else "",
         )
 
 
