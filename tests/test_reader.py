@@ -11,6 +11,7 @@ import re
 import stat
 import tarfile
 import threading
+import time
 from collections import deque
 from typing import Any
 
@@ -22,7 +23,7 @@ from reference import blobs as made
 from reference.blobs import encode, estargz, link, tar_of
 from tars import blob_of, entry
 
-from estargz.errors import BlobError, UsageError, VerificationError
+from estargz.errors import BlobError, RangeError, UsageError, VerificationError
 from estargz.reading import blob as blobs
 from estargz.reading.toc import Limits, Table, TOCEntry, load_table, parse_toc
 
@@ -174,6 +175,34 @@ def test_threads_share_a_blob() -> None:
         assert wrong == []
 
 
+def test_dots_behind_links_are_those_of_the_links_target() -> None:
+    tar = tar_of(("x/y/", b""), ("x/b", b"real"), ("a/b", b"lexical"), symlink("a/l", "/x/y"), ("file", b""))
+    with blobs.open(estargz(tar)) as blob:
+        assert blob.read("a/l/../b") == b"real"
+        for path in ("file/", "file/.", "file/../a/b", "a/b/"):
+            with pytest.raises(NotADirectoryError):
+                blob.read(path)
+        with pytest.raises(FileNotFoundError):
+            blob.read("nope/../file")
+
+
+def test_an_entry_below_a_link_does_not_hide_what_the_link_leads_to() -> None:
+    with blobs.open(estargz(tar_of(("b/x", b"right"), symlink("a", "b"), ("a/x", b"hidden")))) as blob:
+        assert blob.read("a/x") == b"right"
+
+
+def test_thousands_of_links_in_a_chain() -> None:
+    tar = tar_of(
+        ("0", b"end"), *(link(str(i), str(i - 1)) for i in range(1, 5000)), link("lost", "x"), link("y", "lost")
+    )
+    with blobs.open(estargz(tar)) as blob:
+        assert blob.stat("4999").st_nlink == 5000
+        assert all(blob.stat(str(i)).st_ino == 1 for i in range(0, 5000, 7))
+        for name in ("lost", "y", "y"):
+            with pytest.raises(BlobError, match="'lost' links to 'x', which is not there"):
+                blob.stat(name)
+
+
 # --- open files
 
 
@@ -283,6 +312,50 @@ def test_chunks_without_digests_of_their_own() -> None:
 
     with blobs.open(estargz(tar_of(("f", BIG)), edit=spoil, chunk_size=9000)) as blob, pytest.raises(VerificationError):
         blob.open("f").read(1)
+
+
+def test_a_file_of_one_chunk_has_its_own_digest() -> None:
+    def edit(entries: list[dict[str, Any]]) -> None:
+        entries[0]["digest"] = "sha256:" + "0" * 64
+
+    with blobs.open(estargz(tar_of(("f", b"x")), edit=edit)) as blob:
+        with pytest.raises(VerificationError):
+            blob.read("f")
+        with pytest.raises(VerificationError):
+            blob.open("f").read()
+
+
+def test_chunks_of_one_member_are_inflated_once() -> None:
+    """Thousands of chunks in one member must not take the member's time each."""
+    data = blob_of(tar_of(("f", bytes(16 << 20))), chunk_size=4096, min_chunk_size=1 << 29)[1]
+    started = time.process_time()
+    with blobs.open(data) as blob:
+        assert blob.read("f") == bytes(16 << 20)
+        with blob.open("f") as file:
+            assert file.read() == bytes(16 << 20)
+    assert time.process_time() - started < 5
+
+
+def test_an_error_of_the_source_is_not_asked_for_twice() -> None:
+    class Failing(Counting):
+        broken = False
+
+        def read_at(self, offset: int, size: int) -> bytes:
+            if self.broken:
+                self.asked.append((offset, size))
+                raise RangeError("no")
+            return super().read_at(offset, size)
+
+        def forget(self, offset: int, size: int) -> None:
+            raise AssertionError
+
+    source = Failing(estargz(tar_of(("f", BIG))))
+    with blobs.open(source) as blob:
+        source.broken = True
+        source.asked.clear()
+        with pytest.raises(RangeError):
+            blob.read("f")
+    assert len(source.asked) == 1
 
 
 # --- rows and ranges
@@ -448,6 +521,55 @@ def test_limits_of_a_blob() -> None:
     for wrong in (-1, 1 << 63, True, "5", 1.5):
         with pytest.raises(UsageError, match="the limit depth is a whole number"):
             Limits(depth=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([{"name": "l", "type": "symlink", "linkName": "../" * 30_000}], "a link or owner of more than 65536 bytes"),
+        ([{"name": "l", "type": "dir", "xattrs": {"user.k": "A" * (3 << 20)}}], "attributes take more than 2 MiB"),
+    ],
+)
+def test_other_texts_are_limited(entries: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(BlobError, match=message):
+        table_of(encode({"version": 1, "entries": entries}))
+
+
+@pytest.mark.parametrize("form", ["compact", "one border"])
+def test_small_objects_are_not_decoded_by_the_million(form: str) -> None:
+    many = ",".join(["{}"] * 2_000_001)
+    head, tail = '{\n\t"version": 1,\n\t"entries": [\n\t\t', "\n\t\t}\n\t]\n}"
+    text = f'{{"version":1,"entries":[{many}]}}' if form == "compact" else f"{head}{{}},{many},{{{tail}"
+    with pytest.raises(BlobError, match="over 2000000 objects"):
+        table_of(text.encode(), 1 << 20)
+
+
+def test_sizes_that_add_up_to_too_much() -> None:
+    one = {"type": "reg", "size": 1 << 62, "chunkDigest": "sha256:" + "0" * 64}
+    entries = [one | {"name": f"{i}", "offset": i + 1} for i in range(3)]
+    with pytest.raises(BlobError, match="too large"):
+        table_of(encode({"version": 1, "entries": entries}))
+
+
+def test_long_spellings_of_a_name_in_chunks() -> None:
+    file = {"name": "x" + "/" * 65_000, "type": "reg", "size": 5000, "offset": 1, "chunkSize": 1}
+    chunks = [{"name": "x", "type": "chunk", "offset": i + 1, "chunkOffset": i, "chunkSize": 1} for i in range(1, 5000)]
+    started = time.process_time()
+    table_of(encode({"version": 1, "entries": [file, *chunks]}))
+    assert time.process_time() - started < 0.3
+
+
+def test_numbers_of_no_device_and_landmarks_of_no_payload() -> None:
+    entries = [
+        {"name": "d", "type": "char", "devMajor": 1 << 40},
+        {"name": ".prefetch.landmark", "type": "reg", "offset": 1 << 61},
+    ]
+    with blobs.open(made.assemble(b"", encode({"version": 1, "entries": entries}))) as blob:
+        with pytest.raises(BlobError, match="no device has the numbers"):
+            blob.stat("d")
+        assert blob.prefetch_size == 0
+    with pytest.raises(UsageError, match="limits are Limits"):
+        blobs.open(b"", limits={"entries": 3})  # type: ignore[arg-type]
 
 
 def test_implied_paths_are_limited() -> None:

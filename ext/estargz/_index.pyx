@@ -6,7 +6,7 @@
 A million entries take some 300 MB here, and nothing per entry is a Python object.
 """
 
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t
+from libc.stdint cimport INT64_MAX, int32_t, int64_t, uint8_t, uint16_t, uint32_t
 from libc.string cimport memcmp, memcpy, memset
 
 cdef extern from "<string.h>" nogil:
@@ -29,6 +29,7 @@ cdef enum:
     KEPT_APART = 4          # says something that a row has no place for: the entry itself is in TocIndex.apart
     DIGEST_TEXT = 71        # "sha256:" and 64 digits
     ROOT = 0
+    XATTRS_MOST = 2 << 20   # bytes as encoded; a tar's extended header holds 1 MiB before it is base64
 
 # 192 bytes, as ROW_FIELDS describes them; strings_at points at name, link, user name, group name, xattrs, back to back.
 cdef struct entry_row:
@@ -138,7 +139,7 @@ cdef bint read_time(const char *text, Py_ssize_t size, int64_t *seconds) noexcep
             and two_digits(text + 14, &minute) and two_digits(text + 17, &second)):
         return False
     year += century * 100
-    if not (1 <= month <= 12 and 1 <= day <= 28 + (day_more(year, month)) and hour < 24 and minute < 60 and second < 60):
+    if not (year >= 1 and 1 <= month <= 12 and 1 <= day <= 28 + (day_more(year, month)) and hour < 24 and minute < 60 and second < 60):
         return False
     # Days since 1970-01-01 in the Gregorian calendar, counted from March so that the leap day comes last.
     if month <= 2:
@@ -146,7 +147,7 @@ cdef bint read_time(const char *text, Py_ssize_t size, int64_t *seconds) noexcep
         month += 12
     days = 365 * year + year // 4 - year // 100 + year // 400 + (153 * (month - 3) + 2) // 5 + day - 1 - 719468
     seconds[0] = ((days * 24 + hour) * 60 + minute) * 60 + second
-    return year >= 1
+    return True
 
 
 cdef inline int day_more(int64_t year, int64_t month) noexcept nogil:
@@ -286,8 +287,12 @@ cdef class TocIndex:
         row.link_len = self.add_text(entry.link_name)
         row.user_name_len = self.add_text(entry.user_name)
         row.group_name_len = self.add_text(entry.group_name)
+        if max(row.link_len, row.user_name_len, row.group_name_len) > self.max_name:
+            raise ValueError(f"a link or owner of more than {self.max_name} bytes; raise the limit if you trust the blob")
         if entry.xattrs:
             xattrs = encode_xattrs(entry.xattrs)
+            if PyBytes_GET_SIZE(xattrs) > XATTRS_MOST:
+                raise ValueError("its extended attributes take more than 2 MiB")
             row.xattrs_len = <uint32_t>PyBytes_GET_SIZE(xattrs)
             if not buffer_append(&self.strings, PyBytes_AS_STRING(xattrs), row.xattrs_len):
                 raise MemoryError
@@ -329,26 +334,27 @@ cdef class TocIndex:
         """
         cdef int64_t index = 0
         cdef int64_t number[2]
+        cdef buffer cleaned
         cdef int found
+        memset(&cleaned, 0, sizeof(cleaned))
         with nogil:
-            found = check_chunks(self, &index, number)
+            found = check_chunks(self, &cleaned, &index, number)
+            buffer_free(&cleaned)
             if not found:
                 found = check_order(self, toc_offset, &index, number)
         return (index, FAULTS[found].format(number[0], number[1])) if found else None
 
-    cdef bint same_name(self, const entry_row *a, const entry_row *b) noexcept nogil:
-        cdef buffer other
+    cdef bint same_name(self, const entry_row *chunk, const entry_row *file, buffer *cleaned) noexcept nogil:
+        """Whether both names mean the same. ``cleaned`` keeps the file's from chunk to chunk; NULL data: not known yet."""
         cdef uint32_t depth
-        cdef bint same
-        if a.name_len == b.name_len and memcmp(self.strings.data + a.strings_at, self.strings.data + b.strings_at,
-                                               a.name_len) == 0:
+        if chunk.name_len == file.name_len and memcmp(self.strings.data + chunk.strings_at,
+                                                      self.strings.data + file.strings_at, file.name_len) == 0:
             return True
-        memset(&other, 0, sizeof(other))
-        same = (clean(self.strings.data + a.strings_at, a.name_len, &self.scratch, &depth)
-                and clean(self.strings.data + b.strings_at, b.name_len, &other, &depth)
-                and self.scratch.size == other.size and memcmp(self.scratch.data, other.data, other.size) == 0)
-        buffer_free(&other)
-        return same
+        if cleaned.data == NULL and not clean(self.strings.data + file.strings_at, file.name_len, cleaned, &depth):
+            return False
+        return (clean(self.strings.data + chunk.strings_at, chunk.name_len, &self.scratch, &depth)
+                and self.scratch.size == cleaned.size
+                and memcmp(self.scratch.data, cleaned.data, cleaned.size) == 0)
 
     # --------------------------------------------------------------------------------------------- rows
 
@@ -525,12 +531,13 @@ cdef int fail(int what, int64_t at, int64_t *index, int64_t *number, int64_t a, 
     return what
 
 
-cdef int check_chunks(TocIndex table, int64_t *index, int64_t *number) noexcept nogil:
+cdef int check_chunks(TocIndex table, buffer *cleaned, int64_t *index, int64_t *number) noexcept nogil:
     """Whether chunks follow their files and cover them. Rows with a payload get an end of -1, others 0."""
     cdef int64_t count = table.rows.size // sizeof(entry_row)
     cdef int64_t file = -1
     cdef int64_t chunks = 0
     cdef int64_t covered = 0
+    cdef int64_t total = 0
     cdef int64_t i, size
     cdef entry_row *row
     for i in range(count + 1):
@@ -538,7 +545,7 @@ cdef int check_chunks(TocIndex table, int64_t *index, int64_t *number) noexcept 
         if i < count and min(min(row.size, row.offset, row.inner_offset), min(row.chunk_offset, row.chunk_size)) < 0:
             return fail(BAD_NUMBER, i, index, number, 0, 0)
         if i < count and is_type(row, b"chunk", 5):
-            if file < 0 or not table.same_name(row, table.row(file)):
+            if file < 0 or not table.same_name(row, table.row(file), cleaned):
                 return fail(STRAY_CHUNK, i, index, number, 0, 0)
         else:
             if file >= 0 and covered != table.row(file).size:
@@ -547,12 +554,16 @@ cdef int check_chunks(TocIndex table, int64_t *index, int64_t *number) noexcept 
                 break
             file = i if is_type(row, b"reg", 3) else -1
             chunks = covered = 0
+            buffer_free(cleaned)
             row.end = 0
             if file < 0 or not (row.size or row.chunk_offset or row.chunk_size):
                 continue
         size = row.chunk_size if row.chunk_size else table.row(file).size - row.chunk_offset
         if row.chunk_offset != covered or not 0 < size <= table.row(file).size - covered:
             return fail(CHUNK_RANGE, i, index, number, row.chunk_offset, table.row(file).size)
+        if size > INT64_MAX - total:
+            return fail(BAD_NUMBER, i, index, number, 0, 0)
+        total += size
         covered += size
         chunks += 1
         if chunks > table.max_chunks:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from estargz._inflate import InflateReader, detect
 from estargz.digest import parse_digest
-from estargz.errors import BlobError
-from estargz.reading.content import Chunk, ContentFile, Contents, RegularFile
+from estargz.errors import BlobError, UsageError
+from estargz.reading.content import BufferedContent, Chunk, ContentFile, Contents, RegularFile
 from estargz.reading.footer import footer_of, read_toc, require_footer
 from estargz.reading.source import Readable, Source, Window, blob_errors, open_source
 from estargz.reading.toc import LANDMARKS, Limits, TOCEntry, load_table, modtime_seconds, owners
@@ -83,6 +83,7 @@ class Blob:
         self.toc_end, self.toc_digest, self.toc_size = stored.end, stored.digest, stored.size
         self.toc = load_table(stored.pieces, self.toc_offset, limits, name=f"{self.name}: TOC")
         self._contents = Contents(source)
+        self._targets: dict[int, int | str] = {}  # row of a hard link -> what it leads to, or why it does not
 
     def __enter__(self) -> Self:
         return self
@@ -137,10 +138,17 @@ class Blob:
         links = 1 + self._hard_links.get(row, 0)
         size = len(entry.link_name.encode()) if entry.type == "symlink" else entry.size
         numbers = (mode, row + 1, 0, links, entry.uid, entry.gid, size, mtime, mtime, mtime)
-        device = os.makedev(entry.dev_major, entry.dev_minor) if entry.type in ("char", "block") else 0
+        device = self._device(entry) if entry.type in ("char", "block") else 0
         nanoseconds = mtime * 10**9
         more = {"st_atime_ns": nanoseconds, "st_mtime_ns": nanoseconds, "st_ctime_ns": nanoseconds, "st_rdev": device}
         return os.stat_result(numbers, more)
+
+    def _device(self, entry: TOCEntry) -> int:
+        if not (0 <= entry.dev_major < 2**32 and 0 <= entry.dev_minor < 2**32):
+            raise BlobError(
+                f"{self.name}: {entry.name!r}: no device has the numbers {entry.dev_major}, {entry.dev_minor}"
+            )
+        return os.makedev(entry.dev_major, entry.dev_minor)
 
     def type_of(self, path: str, *, follow_symlinks: bool = True) -> str:
         """dir, reg, symlink, char, block or fifo; a hard link is what it leads to. Raises FileNotFoundError."""
@@ -176,7 +184,7 @@ class Blob:
     def prefetch_size(self) -> int:
         """Bytes at the beginning of the blob that a runtime fetches ahead: up to the prefetch landmark; 0 without one."""
         name = next(name for name, kind in LANDMARKS.items() if kind == "prefetch")
-        return self.lookup(name).offset if self.landmark == "prefetch" else 0
+        return min(self.lookup(name).offset, self.toc_offset) if self.landmark == "prefetch" else 0
 
     def whiteouts(self) -> list[str]:
         """Paths that the layer removes from those below it, in the order of the table."""
@@ -193,7 +201,7 @@ class Blob:
 
         Raises FileNotFoundError, IsADirectoryError, BlobError; while being read, BlobError and what the source raises.
         """
-        return io.BufferedReader(ContentFile(self._contents, self._file(path)), 64 << 10)
+        return BufferedContent(ContentFile(self._contents, self._file(path)), 64 << 10)
 
     def read(self, path: str) -> bytes:
         """The content of a regular file. Raises FileNotFoundError, IsADirectoryError, BlobError."""
@@ -304,17 +312,19 @@ class Blob:
     def _resolve(self, path: str, *, follow_last: bool = True) -> int:
         """The node that a path leads to, through symbolic links inside the layer."""
         node = self._find(path)
-        if node >= 0 and (not follow_last or self._entry(node).type != "symlink"):
+        if node >= 0 and self._is_plain(path, node) and not (follow_last and self._is_link(node)):
             return node
         left = [part for part in reversed(path.split("/")) if part not in ("", ".")]
         node = links = 0
         while left:
             part = left.pop()
             if part == "..":
+                self._expect_directory(node, path)
                 node = max(self.toc.tree.describe(node)[1], 0)
                 continue
             below = self.toc.tree.find_below(node, part)
             if below < 0:
+                self._expect_directory(node, path)
                 raise self._missing(
                     path, "no such entry in the TOC" if not links else "leads to no entry of this layer"
                 )
@@ -327,22 +337,47 @@ class Blob:
                 raise OSError(errno.ELOOP, "too many symbolic links", f"{self.name}: {path}")
             left += [part for part in reversed(entry.link_name.split("/")) if part not in ("", ".")]
             node = 0 if entry.link_name.startswith("/") else node
+        if path.endswith(("/", "/.")):
+            self._expect_directory(node, path)
         return node
 
+    def _is_link(self, node: int) -> bool:
+        row = self._row(node)
+        return row >= 0 and self.toc.tree.facts(row)["type"] == "symlink"
+
+    def _is_plain(self, path: str, node: int) -> bool:
+        """Whether a path spells the entry that it finds: nothing on the way is a link, or needs to be a directory."""
+        if ".." in path or path.endswith(("/", "/.")):
+            return False
+        while (node := self.toc.tree.describe(node)[1]) > 0:
+            if self._is_link(node):
+                return False
+        return True
+
+    def _expect_directory(self, node: int, path: str) -> None:
+        if self._entry(node).type != "dir":
+            raise NotADirectoryError(errno.ENOTDIR, "is no directory", f"{self.name}: {path}")
+
     def _follow_hard_links(self, row: int) -> int:
-        """The row that holds what a hard link stands for."""
-        seen = {row}
-        first = row
-        while (entry := self.toc[row]).type == "hardlink":
+        """The row that holds what a hard link stands for. What was found once is kept for all links on the way."""
+        way: dict[int, None] = {}
+        while row not in self._targets and (entry := self.toc[row]).type == "hardlink":
+            way[row] = None
             node = self._find(entry.link_name)
             row = self._row(node) if node >= 0 else -1
+            wrong = ""
             if row < 0:
-                raise BlobError(f"{self.name}: {entry.name!r} links to {entry.link_name!r}, which is not there")
-            if row in seen:
-                name = self.toc[first].name
-                raise BlobError(f"{self.name}: {name!r} is a hard link that leads back to itself")
-            seen.add(row)
-        return row
+                wrong = f"{self.name}: {entry.name!r} links to {entry.link_name!r}, which is not there"
+            elif row in way:
+                wrong = f"{self.name}: {self.toc[row].name!r} is a hard link that leads back to itself"
+            if wrong:
+                self._targets.update(dict.fromkeys(way, wrong))
+                raise BlobError(wrong)
+        target = self._targets.get(row, row)
+        self._targets.update(dict.fromkeys(way, target))
+        if isinstance(target, str):
+            raise BlobError(target)
+        return target
 
     def _link_target(self, node: int) -> tuple[int, TOCEntry]:
         row = self._row(node)
@@ -438,6 +473,8 @@ def open(source: Readable, *, toc_digest: str | None = None, limits: Limits | No
     Raises UsageError for a malformed digest, OSError, BlobError for a blob that is no eStargz or is malformed, and
     VerificationError for another TOC digest.
     """
+    if not isinstance(limits or Limits(), Limits):
+        raise UsageError(f"limits are Limits(...), not {limits!r}")
     opened = open_source(source)
     try:
         return Blob(opened, toc_digest, limits or Limits())

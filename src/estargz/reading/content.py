@@ -8,16 +8,16 @@ from __future__ import annotations
 import hashlib
 import io
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from threading import Lock
 from typing import Any, NamedTuple
 
 from estargz._inflate import InflateReader, read_chunk
 from estargz.digest import sha256
-from estargz.errors import BlobError, VerificationError
+from estargz.errors import BlobError, RangeError, VerificationError
 from estargz.reading.source import Source, Window, blob_errors
 
-__all__ = ["Chunk", "ContentFile", "Contents", "RegularFile"]
+__all__ = ["BufferedContent", "Chunk", "ContentFile", "Contents", "RegularFile"]
 
 MAX_CHUNK_SIZE = 1 << 30  # bytes held in memory until their digest is known
 CACHE_SIZE = 32 << 20  # bytes of verified chunks that a blob keeps for who reads in small steps
@@ -49,7 +49,7 @@ class Contents:
     """Verified chunks of one blob; safe to use from several threads."""
 
     def __init__(self, source: Source) -> None:
-        self._source = source
+        self.source = source
         self._name = source.name
         self._kept: OrderedDict[tuple[int, int, int], bytes] = OrderedDict()
         self._kept_size = 0
@@ -62,11 +62,12 @@ class Contents:
             yield self.whole(file)
             return
         running = hashlib.sha256()
+        members = Members(self.source)
         ahead = 0
         for number, chunk in enumerate(file.chunks):
             if chunk.offset >= ahead:
                 ahead = self.fetch_ahead(file, number)
-            data = self._checked(file, chunk)
+            data = self._checked(file, chunk, members)
             if file.digest and len(file.chunks) > 1:
                 running.update(data)
             yield data
@@ -77,11 +78,17 @@ class Contents:
         """The content of a file whose chunks can only be checked together."""
         if file.size > MAX_CHUNK_SIZE:
             raise self._too_large(file, file.size)
-        data = b"".join(self._inflated(file, chunk) for chunk in file.chunks)
-        self._expect(file, file.chunks[0], file.digest, sha256(data))
-        return data
+        first, last = file.chunks[0], file.chunks[-1]
 
-    def chunk(self, file: RegularFile, number: int) -> bytes:
+        def read() -> bytes:
+            members = Members(self.source)
+            data = b"".join(self._inflated(file, chunk, members) for chunk in file.chunks)
+            self._expect(file, first, file.digest, sha256(data))
+            return data
+
+        return self._again_if_spoiled(read, first.offset, last.end)
+
+    def chunk(self, file: RegularFile, number: int, members: Members) -> bytes:
         """One chunk, which has a digest; kept for a while."""
         chunk = file.chunks[number]
         key = (chunk.offset, chunk.inner_offset, chunk.size)
@@ -89,7 +96,7 @@ class Contents:
             if key in self._kept:
                 self._kept.move_to_end(key)
                 return self._kept[key]
-        data = self._checked(file, chunk)
+        data = self._checked(file, chunk, members)
         with self._lock:
             if key not in self._kept:
                 self._kept[key] = data
@@ -107,40 +114,46 @@ class Contents:
                 break
             end = chunk.end
         if len(file.chunks) > 1:
-            self._source.prefetch([(first.offset, end - first.offset)])
+            self.source.prefetch([(first.offset, end - first.offset)])
         return end
 
     def require_digests(self, file: RegularFile) -> None:
         if not file.digest and file.size and not all(chunk.digest for chunk in file.chunks):
             raise BlobError(f"{self._name}: {file.name!r} has no digest in the TOC, so its content cannot be trusted")
 
-    def _checked(self, file: RegularFile, chunk: Chunk) -> bytes:
-        try:
-            data = self._inflated(file, chunk)
+    def _checked(self, file: RegularFile, chunk: Chunk, members: Members) -> bytes:
+        def read() -> bytes:
+            data = self._inflated(file, chunk, members)
             self._expect(file, chunk, chunk.digest, sha256(data))
-        except BlobError:
-            # A cache may have kept what a network or a disk has spoiled: ask the source itself, once.
-            if not self._source.forget(chunk.offset, chunk.end - chunk.offset):
-                raise
-            data = self._inflated(file, chunk)
-            self._expect(file, chunk, chunk.digest, sha256(data))
-        return data
+            if len(file.chunks) == 1 and file.digest not in ("", chunk.digest):
+                self._expect(file, chunk, file.digest, chunk.digest)
+            return data
 
-    def _inflated(self, file: RegularFile, chunk: Chunk) -> bytes:
+        return self._again_if_spoiled(read, chunk.offset, chunk.end)
+
+    def _again_if_spoiled(self, read: Callable[[], bytes], begin: int, end: int) -> bytes:
+        """A cache may have kept what a network or a disk has spoiled: then the source itself is asked, once."""
+        try:
+            return read()
+        except RangeError:
+            raise  # the source has been asked
+        except BlobError:
+            if not self.source.forget(begin, end - begin):
+                raise
+        return read()
+
+    def _inflated(self, file: RegularFile, chunk: Chunk, members: Members) -> bytes:
         """The chunk's bytes, not verified yet."""
-        if chunk.size > MAX_CHUNK_SIZE:
-            raise self._too_large(file, chunk.size)
+        if max(chunk.size, chunk.inner_offset) > MAX_CHUNK_SIZE:
+            raise self._too_large(file, max(chunk.size, chunk.inner_offset))
         label = f"{self._name}: {file.name!r}, chunk at {chunk.chunk_offset}"
         begin, end = chunk.offset, chunk.end
         with blob_errors():
-            if self._source.kernel is not None:
-                return read_chunk(self._source.kernel, begin, end, chunk.inner_offset, chunk.size, name=label)
-            if end - begin <= _RANGE_MAX:
-                data = self._source.exactly(begin, end - begin)
-                return read_chunk(data, 0, end - begin, chunk.inner_offset, chunk.size, name=label)
-            reader = InflateReader(Window(self._source, begin, end), "gzip", name=label, strict=True)
-            _skip(reader, chunk.inner_offset)
-            data = reader.read(chunk.size)
+            if chunk.inner_offset == 0 and self.source.kernel is not None:
+                return read_chunk(self.source.kernel, begin, end, 0, chunk.size, name=label)
+            if chunk.inner_offset == 0 and end - begin <= _RANGE_MAX:
+                return read_chunk(self.source.exactly(begin, end - begin), 0, end - begin, 0, chunk.size, name=label)
+            data = members.read(chunk, label)
         if len(data) != chunk.size:
             raise BlobError(f"{label}: its member ends after {len(data)} of {chunk.size} bytes; the blob is damaged")
         return data
@@ -156,6 +169,28 @@ class Contents:
         return BlobError(
             f"{self._name}: {file.name!r} has a chunk of {size} bytes, over {MAX_CHUNK_SIZE}; unpack it instead"
         )
+
+
+class Members:
+    """Inflates chunks that lie somewhere inside a member, which is not begun anew for the next chunk behind them."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self._reader: InflateReader | None = None
+        self._span = (0, 0)
+        self._at = 0  # bytes of the member that were inflated
+
+    def read(self, chunk: Chunk, label: str) -> bytes:
+        """At most the chunk's bytes; fewer where the member ends."""
+        reader, self._reader = self._reader, None  # to be given back if all goes well
+        if reader is None or self._span != chunk[:2] or chunk.inner_offset < self._at:
+            reader = InflateReader(Window(self.source, chunk.offset, chunk.end), "gzip", name=label, strict=True)
+            self._span, self._at = chunk[:2], 0
+        _skip(reader, chunk.inner_offset - self._at)
+        data = reader.read(chunk.size)
+        self._at = chunk.inner_offset + len(data)
+        self._reader = reader
+        return data
 
 
 def _skip(reader: InflateReader, size: int) -> None:
@@ -180,7 +215,13 @@ class ContentFile(io.RawIOBase):
         self._file = file
         self._at = 0
         self._ahead = 0  # blob offset up to which chunks have been asked for
+        self._members = Members(contents.source)
         self._whole = None if all(chunk.digest for chunk in file.chunks) else b""
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self._file.size
 
     def readable(self) -> bool:
         return True
@@ -230,7 +271,7 @@ class ContentFile(io.RawIOBase):
         chunk = self._file.chunks[number]
         if number and chunk.offset >= self._ahead and self._at == chunk.chunk_offset:
             self._ahead = self._contents.fetch_ahead(self._file, number)  # whoever comes here from the front goes on
-        return memoryview(self._contents.chunk(self._file, number))[self._at - chunk.chunk_offset :]
+        return memoryview(self._contents.chunk(self._file, number, self._members))[self._at - chunk.chunk_offset :]
 
     def _number(self) -> int:
         """Which chunk holds the position."""
@@ -246,3 +287,13 @@ class ContentFile(io.RawIOBase):
     def _expect_open(self) -> None:
         if self.closed:
             raise ValueError("I/O operation on closed file")
+
+
+class BufferedContent(io.BufferedReader):
+    """A ContentFile with a buffer. ``size``: bytes of the file."""
+
+    @property
+    def size(self) -> int:
+        raw = self.raw
+        assert isinstance(raw, ContentFile)
+        return raw.size

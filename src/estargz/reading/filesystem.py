@@ -6,14 +6,15 @@ is an optional dependency.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
-from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, BinaryIO
 
 from fsspec.archive import AbstractArchiveFileSystem
 from fsspec.core import url_to_fs
 
+from estargz.errors import BlobError
 from estargz.reading.blob import Blob
 from estargz.reading.blob import open as open_blob
 from estargz.reading.source import Readable
@@ -29,7 +30,10 @@ class FsspecRanges:
 
     def __init__(self, filesystem: Any, path: str) -> None:
         self.name = str(filesystem.unstrip_protocol(path))
-        self.size = int(filesystem.size(path))
+        size = filesystem.size(path)
+        if size is None:
+            raise BlobError(f"{self.name}: its file system does not know its size; save the layer to a file first")
+        self.size = int(size)
         self._filesystem = filesystem
         self._path = path
 
@@ -84,18 +88,21 @@ class EstargzFileSystem(AbstractArchiveFileSystem):  # type: ignore[misc]
         self.blob.close()
 
     def info(self, path: str, **options: Any) -> dict[str, Any]:
-        """Name, size in bytes, type, and what the entry says besides: mode, uid, gid, mtime, ino, nlink."""
+        """Name, size in bytes, type, and what the entry says besides: mode, uid, gid, mtime, ino, nlink.
+
+        A symbolic link to a file is of type "file", any other is a "link": who walks the tree must not go through those.
+        """
         path = self._strip_protocol(path)
-        own = self.blob.stat(path, follow_symlinks=False)
+        try:
+            found = self.blob.stat(path, follow_symlinks=False)
+        except BlobError:  # a hard link to nothing; its neighbours can be listed all the same
+            return {"name": path, "size": 0, "type": "other"}
         kind = self._kind(path, follow=False)
-        found = own
         more: dict[str, Any] = {}
         if kind == "link":
             more = {"islink": True, "destination": self.blob.readlink(path)}
-            with suppress(
-                OSError
-            ):  # it dangles, or leads to another layer: then all there is to say is that it is a link
-                found, kind = self.blob.stat(path), self._kind(path, follow=True)
+            if self._leads_to_file(path):
+                found, kind = self.blob.stat(path), "file"
         return {
             "name": path,
             "size": 0 if kind == "directory" else found.st_size,
@@ -109,8 +116,25 @@ class EstargzFileSystem(AbstractArchiveFileSystem):  # type: ignore[misc]
             **more,
         }
 
+    def _leads_to_file(self, path: str) -> bool:
+        try:
+            return self._kind(path, follow=True) == "file"
+        except (FileNotFoundError, NotADirectoryError, BlobError):
+            return False  # it dangles, or leads to another layer
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                return False
+            raise
+
     def _kind(self, path: str, *, follow: bool) -> str:
         return _KINDS.get(self.blob.type_of(path, follow_symlinks=follow), "other")
+
+    def isdir(self, path: str) -> bool:
+        """Whether the path is a directory, or a link to one."""
+        try:
+            return self._kind(self._strip_protocol(path), follow=True) == "directory"
+        except (OSError, BlobError):
+            return False
 
     def ls(self, path: str, detail: bool = True, **options: Any) -> list[Any]:
         """What is in a directory, sorted by name; of anything else, itself."""
@@ -123,7 +147,11 @@ class EstargzFileSystem(AbstractArchiveFileSystem):  # type: ignore[misc]
 
     def modified(self, path: str) -> datetime:
         """The time of the last modification, UTC."""
-        return datetime.fromtimestamp(self.blob.stat(self._strip_protocol(path)).st_mtime, UTC)
+        seconds = self.blob.stat(self._strip_protocol(path)).st_mtime
+        try:
+            return datetime.fromtimestamp(seconds, UTC)
+        except (ValueError, OverflowError) as error:
+            raise BlobError(f"{self.blob.name}: {path!r}: modification time {seconds}: {error}") from None
 
     def _open(self, path: str, mode: str = "rb", **options: Any) -> BinaryIO:
         if mode != "rb":

@@ -262,7 +262,7 @@ class Limits:
 
     toc_size:     bytes of the JSON, and of its compressed member
     entries:      entries with their chunks, and paths with the directories that are only implied
-    name_length:  bytes of a name
+    name_length:  bytes of a name, of a link's target, of an owner's name
     depth:        components of a path
     chunks:       of one file
     """
@@ -382,6 +382,7 @@ def load_table(pieces: deque[bytes], toc_offset: int, limits: Limits, *, name: s
 _HEAD = re.compile(rb'\{\n\t"version": ([0-9]{1,9}),\n\t"entries": \[\n\t\t\{')
 _BORDER = b"\n\t\t},\n\t\t{"
 _TAIL = b"\n\t\t}\n\t]\n}"
+_OBJECTS_MOST = 2_000_000  # decoded at a time: a table in another form than Go's is decoded in one
 _decode_entries = msgspec.json.Decoder(list[TOCEntry]).decode
 
 
@@ -392,7 +393,9 @@ def _batches(pieces: deque[bytes], name: str) -> Iterator[list[TOCEntry]]:
     """
     head = _HEAD.match(pieces[0]) if pieces else None
     if head is None or not b"".join(list(pieces)[-2:]).endswith(_TAIL):
-        yield parse_toc(_take(pieces, len(pieces)), name=name).entries
+        data = _take(pieces, len(pieces))
+        _expect_few_objects(data, name)
+        yield parse_toc(data, name=name).entries
         return
     text = pieces.popleft()[head.end() :]
     wanted = 1
@@ -414,12 +417,21 @@ def _take(pieces: deque[bytes], count: int) -> bytes:
 def _entries(text: bytes, name: str) -> list[TOCEntry]:
     """Entries that stand between the first one's and the last one's brace."""
     data = b"[{" + text + b"}]"
+    _expect_few_objects(data, name)
     try:
         return _decode_entries(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         pass
     with _malformed(name):
         return [_entry(item) for item in _loads(data, list)]
+
+
+def _expect_few_objects(data: bytes, name: str) -> None:
+    """Two bytes of JSON can be an object of some hundred bytes. Braces in names count too: those are few."""
+    if data.count(b"{") > _OBJECTS_MOST:
+        raise BlobError(
+            f"{name}: over {_OBJECTS_MOST} objects without the line ends that part entries; build the blob again"
+        )
 
 
 def _bad(name: str, entry: str, what: str) -> BlobError:
