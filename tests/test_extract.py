@@ -13,6 +13,7 @@ import shutil
 import signal
 import stat
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,8 @@ import zstandard
 from applied import COMMAND, END, TIME, Found, command, hardlink, item, snapshot, symlink, tar, without_times
 from conftest import IS_ROOT, missing
 from reference.applied import Node, Tree, apply
+from reference.blobs import footer, tar_of
+from registry import registry
 from tars import nothing_leaks
 from trees import CAPABILITY, RandomTree
 from trees import Tree as Folder
@@ -1046,3 +1049,36 @@ def test_the_command(scratch: Path) -> None:
     assert command(scratch / "one").returncode == 2
     assert command(scratch / "missing", scratch / "no").returncode == 1
     assert not (scratch / "no").exists()
+
+
+# --- whatever way a layer comes
+
+
+def test_a_footer_does_not_hide_what_follows(tmp_path: Path) -> None:
+    """The same tree by path, by pipe and with a DiffID: the footer is anybody's word."""
+    first, second = tar_of(("a", b"1"), end=False), tar_of(("b", b"2"))
+    blob = gzip.compress(first) + gzip.compress(second)
+    blob += footer(len(gzip.compress(first)))
+    (tmp_path / "blob").write_bytes(blob)
+    digest = "sha256:" + hashlib.sha256(first + second).hexdigest()
+    estargz.extract(tmp_path / "blob", tmp_path / "path")
+    estargz.extract(tmp_path / "blob", tmp_path / "digest", diff_ids=[digest])
+    estargz.extract(io.BufferedReader(io.BytesIO(blob)), tmp_path / "pipe")
+    for name in ("path", "digest", "pipe"):
+        assert sorted(os.listdir(tmp_path / name)) == ["a", "b"]
+
+
+def test_a_layer_behind_a_url(tmp_path: Path) -> None:
+    if shutil.which("docker-registry") is None:
+        missing("docker-registry is not installed")
+    blob = io.BytesIO()
+    layer = estargz.build(io.BytesIO(tar_of(("d/a", b"1" * 100_000))), blob)
+    (tmp_path / "registry").mkdir()
+    with registry(tmp_path / "registry") as server:
+        server.push_blob("x", blob.getvalue(), layer.digest)
+        url = f"http://{server.host}/v2/x/blobs/{layer.digest}"
+        estargz.extract(url, tmp_path / "out", diff_ids=[layer.diff_id])
+        code = "import sys; from estargz.cli import main; sys.exit(main())"
+        subprocess.run([sys.executable, "-c", code, "extract", "--quiet", url, tmp_path / "cli"], check=True)
+    for name in ("out", "cli"):
+        assert (tmp_path / name / "d/a").read_bytes() == b"1" * 100_000

@@ -7,6 +7,8 @@ import time
 import click
 
 from estargz.cli.build import Size, progress_bar, standard_input, terminated_cleanly
+from estargz.cli.ls import escape
+from estargz.errors import UsageError
 from estargz.reading.extracting import Extracted, extract
 
 _SHOWN = 20  # of what was left out
@@ -27,6 +29,7 @@ _SHOWN = 20  # of what was left out
 @click.option("--no-same-owner", is_flag=True, help="Own everything; leave out devices and what else needs root.")
 @click.option("--no-xattrs", is_flag=True, help="Leave out extended attributes.")
 @click.option("--max-size", type=Size(), metavar="N", help="Most bytes that all files may take.")
+@click.option("--max-entries", type=click.IntRange(0), metavar="N", help="Most entries, implied directories counted.")
 @click.option("--quiet", is_flag=True, help="No progress, no summary.")
 def command(
     blobs: tuple[str, ...],
@@ -37,6 +40,7 @@ def command(
     no_same_owner: bool,
     no_xattrs: bool,
     max_size: int | None,
+    max_entries: int | None,
     quiet: bool,
 ) -> None:
     """Apply layers to DIR, the lowest BLOB first; - is standard input.
@@ -44,6 +48,8 @@ def command(
     A BLOB is an eStargz blob, or a gzip, zstd or uncompressed tar. DIR is made if it is missing. Whiteouts remove what
     the layers below, and DIR, have. Nothing outside DIR is touched, whatever the layers say.
     """
+    if blobs.count("-") > 1:
+        raise UsageError("standard input is one layer; give the others as files")
     started = time.perf_counter()
     with terminated_cleanly(), progress_bar(quiet) as progress:
         done = extract(
@@ -54,6 +60,7 @@ def command(
             xattrs=not no_xattrs,
             threads=threads,
             max_size=max_size,
+            max_entries=max_entries,
             diff_ids=diff_ids or None,
             progress=progress,
         )
@@ -63,7 +70,7 @@ def command(
 
 def _summarise(done: Extracted, seconds: float) -> None:
     for path, why in done.skipped[:_SHOWN]:
-        click.echo(f"{path}: left out: {why}", err=True)
+        click.echo(f"{escape(path)}: left out: {escape(why)}", err=True)
     if len(done.skipped) > _SHOWN:
         click.echo(f"... and {len(done.skipped) - _SHOWN} more left out", err=True)
     click.echo(

@@ -25,7 +25,7 @@ from estargz.errors import BlobError, UsageError, VerificationError
 from estargz.options import MAX_THREADS, Progress, usable_threads
 from estargz.reading.blob import begins_like_tar
 from estargz.reading.footer import footer_of
-from estargz.reading.source import RangeReader, Readable, Source, Window, blob_errors, open_source
+from estargz.reading.source import RangeReader, Readable, Source, Window, blob_errors, is_url, open_source
 
 __all__ = ["Extracted", "extract"]
 
@@ -76,7 +76,7 @@ def extract(
     """Apply one layer, or several from the lowest to the topmost, to a directory.
 
     Args:
-        layers: each a path, a file, bytes or a RangeReader; plain, gzip or zstd tar, or an eStargz blob. Its table of
+        layers: each a path, a URL, a file, bytes or a RangeReader; plain, gzip or zstd tar, or an eStargz blob. Its table of
             contents is not looked at. Of a pipe only the part up to the tar's end counts.
         directory: where to; made when it is missing, with mode 0755. What it holds counts as a layer below the others.
         paths: apply only these entries, what is below them, and the directories above them.
@@ -277,10 +277,10 @@ def _open_layer(source: Layer, hashed: bool, threads: int, opened: ExitStack) ->
     file = open_source(source)
     opened.callback(file.close)
     footer = footer_of(file)
-    end = file.size if footer is None or hashed else footer.toc_offset
     kind = detect(file.read_at(0, 4))
     _require_layer(kind, file.read_at(0, _PREFIX), file.name)
-    inflated = opened.enter_context(_inflated(file, end, kind, threads))
+    # All of it, as who pulls it whole: a footer may say what it likes of where the tar ends.
+    inflated = opened.enter_context(_inflated(file, file.size, kind, threads))
     return _Stream(file.name, inflated, footer is not None, hashed)
 
 
@@ -292,6 +292,8 @@ def _inflated(file: Source, end: int, kind: str, threads: int) -> InflateAhead:
 
 def _pipe(source: Layer, opened: ExitStack) -> Any:
     """The source as an object that is read from front to back, if nothing else can be done with it."""
+    if isinstance(source, str) and is_url(source):
+        return None
     if isinstance(source, (str, os.PathLike)):
         handle = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
         file = opened.enter_context(io.FileIO(handle, "rb"))

@@ -12,7 +12,7 @@ from typing import IO, Any, Protocol, runtime_checkable
 
 from estargz.errors import BlobError, SourceError
 
-__all__ = ["RangeReader", "Readable", "SeekReader", "Source", "Window", "blob_errors", "open_source"]
+__all__ = ["RangeReader", "Readable", "SeekReader", "Source", "Window", "blob_errors", "is_url", "open_source"]
 
 
 @contextmanager
@@ -170,7 +170,7 @@ def open_source(source: Readable) -> Source:
 
     Raises OSError, BlobError (RangeError for a URL), UsageError for a URL that cannot be one, TypeError.
     """
-    if isinstance(source, str) and source.lower().startswith(("http://", "https://")):
+    if isinstance(source, str) and is_url(source):
         return _from_url(source)
     if isinstance(source, (str, os.PathLike)):
         return _from_descriptor(os.open(source, os.O_RDONLY | os.O_CLOEXEC), os.fspath(source))
@@ -194,6 +194,10 @@ def open_source(source: Readable) -> Source:
         "a blob is a path, a URL, a file that has a descriptor or can seek, bytes or a RangeReader, "
         f"not {type(source).__name__}"
     )
+
+
+def is_url(text: str) -> bool:
+    return text.lower().startswith(("http://", "https://"))
 
 
 def _descriptor(source: Any) -> int | None:
