@@ -3,7 +3,8 @@
 One scan reads the headers and notes where each entry lies, its extended headers and padding included. The builder is then
 fed from there: the entries that were picked, one by one, and what is left in runs as long as can be. No header is written
 anew. The order is that of Go's estargz.Build: in front of each path its parent directories, in front of a hard link what
-it links to; of entries with the same name the last one counts; landmarks and tables of contents are left out.
+it links to; of entries with the same name the last one counts; landmarks and tables of contents are left out. Unlike there,
+a parent directory may lack an entry: many tars have files alone.
 """
 
 from libc.errno cimport EINTR, errno
@@ -389,23 +390,21 @@ cdef class TarOrder:
     # --------------------------------------------------------------------------------------------- the order
 
     cdef int pick_path(self, const uint8_t *path, size_t size, int links) noexcept nogil:
-        """Picks a path behind its parents: PATH_PRESENT, PATH_ABSENT, or a code. Nothing without a parent is there."""
-        cdef size_t at = size
+        """Picks a path behind its parents, those that have entries: PATH_PRESENT, PATH_ABSENT, or a code."""
+        cdef size_t at = 0
         cdef int found = PATH_PRESENT
-        cdef int64_t *root = map_find(&self.names, path, 0)
-        while at:
-            if map_find(&self.names, path, at) == NULL:
-                return PATH_ABSENT
-            while at and path[at - 1] != c'/':
-                at -= 1
-            at -= 1 if at else 0
-        if root != NULL:
-            found = self.pick_entry(root[0], links)
+        cdef int64_t *index = map_find(&self.names, path, 0)
+        if size and map_find(&self.names, path, size) == NULL:
+            return PATH_ABSENT
+        if index != NULL:
+            found = self.pick_entry(index[0], links)
         while found == PATH_PRESENT and at < size:
             at += 1 if at else 0
             while at < size and path[at] != c'/':
                 at += 1
-            found = self.pick_entry(map_find(&self.names, path, at)[0], links)
+            index = map_find(&self.names, path, at)
+            if index != NULL:
+                found = self.pick_entry(index[0], links)
         return found
 
     cdef int pick_entry(self, int64_t index, int links) noexcept nogil:

@@ -45,7 +45,7 @@ class Priority:
         self.allow_missing = allow_missing
         self._wanted: dict[str | PathPattern, str] = {}  # path or pattern -> as it was given first
         for text in wanted:
-            if not isinstance(text, str) or "\0" in text:
+            if not isinstance(text, str) or not can_be_path(text):
                 raise UsageError(f"{text!r} is no path to prefetch")
             self._wanted.setdefault(path_or_pattern(text), text)
         self._counts: array[int] | None = None  # paths of each that was wanted; None: one
@@ -89,6 +89,14 @@ class Priority:
             if states.count(PATH_ABSENT, at, at + count) == count:
                 yield text
             at += count
+
+
+def can_be_path(text: str) -> bool:
+    """Lone surrogates are bytes that are no UTF-8, as long as they stand for one (PEP 383)."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def path_or_pattern(text: str) -> str | PathPattern:
