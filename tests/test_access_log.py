@@ -38,6 +38,23 @@ def test_plain_list() -> None:
     assert read(b"") == read(b"\n#\n") == []
 
 
+def test_byte_order_mark_and_blanks_in_front() -> None:
+    mark = "\ufeff".encode()
+    for start in (mark, b" \t", mark + b"  "):
+        log = read(start + b'{"path":"usr/x"}\n{"path":"usr/y"}\n')
+        assert (log.kind, log) == ("json", ["usr/x", "usr/y"])
+    assert read(mark + b"# comment\nusr/x") == read(mark + b"usr/x") == ["usr/x"]
+
+
+def test_text_mode(tmp_path: Path) -> None:
+    (tmp_path / "list").write_text("usr/x\n")
+    with (
+        open(tmp_path / "list") as file,
+        pytest.raises(UsageError, match="list: reads str, not bytes; open it in binary mode"),
+    ):
+        read(file)  # type: ignore[arg-type]
+
+
 def test_plain_patterns() -> None:
     assert read(b"usr/**\n\\#x\n[ab]/*.py") == ["usr/**", "\\#x", "[ab]/*.py"]
 
@@ -404,7 +421,17 @@ def test_a_plain_line_means_its_path(path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ['open("/x", O_RDONLY) = 3', "1 +++ exited with 0 +++", "{", "#", " ", "strace: Process 1 attached"]
+    "path",
+    [
+        'open("/x", O_RDONLY) = 3',
+        "1 +++ exited with 0 +++",
+        "{",
+        " {",
+        "#",
+        " ",
+        "\ufeffx",
+        "strace: Process 1 attached",
+    ],
 )
 def test_paths_that_look_like_other_logs(path: str) -> None:
     log = read(plain_line(path).encode())

@@ -23,6 +23,7 @@ import posixpath
 import re
 from array import array
 from bisect import bisect_left, bisect_right
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -151,7 +152,11 @@ def escape(path: str) -> str:
 def plain_line(path: str) -> str:
     """The line of a plain list that means this path. A line break in it becomes ``?``, for lines have no other way."""
     line = re.sub(r"[\n\r]", "?", escape(path))
-    return "\\" + line if _kind_of(line.encode("utf-8", "surrogateescape")) != "plain" or line[:1] in "# \t" else line
+    return (
+        "\\" + line
+        if _kind_of(line.encode("utf-8", "surrogateescape")) != "plain" or line[:1] in "# \t\ufeff"
+        else line
+    )
 
 
 def _clean(path: str) -> str:
@@ -263,8 +268,10 @@ def read_access_log(
 
     A plain list: a path or pattern a line. Empty lines and those that begin with # are left out.
 
+    A byte order mark in front of it all means nothing.
+
     Raises:
-        UsageError: a line is malformed or longer than 1 MiB.
+        UsageError: a line is malformed or longer than 1 MiB, or the file is open in text mode.
         OSError: the file cannot be read.
     """
     if isinstance(source, str | os.PathLike):
@@ -303,6 +310,10 @@ def _lines(file: BinaryIO, name: str) -> Iterator[tuple[int, bytes]]:
     number = 0
     while line := file.readline(LINE_LIMIT + 1):
         number += 1
+        if not isinstance(line, bytes):
+            raise UsageError(f"{name}: reads {type(line).__name__}, not bytes; open it in binary mode")
+        if number == 1:
+            line = line.removeprefix(BOM_UTF8)
         if len(line) > LINE_LIMIT:
             raise UsageError(f"{name}: line {number}: is longer than 1 MiB; this is no access log")
         line = line.rstrip(b"\r\n")
@@ -534,7 +545,7 @@ def _unescape(text: bytes) -> bytes:
 
 
 def _kind_of(line: bytes) -> Kind:
-    if line.startswith(b"{"):
+    if line.lstrip(b" \t").startswith(b"{"):
         return "json"
     if _ATTACHED.match(line) or (_LINE.match(line) and _SURELY_STRACE.search(line)):
         return "strace"
