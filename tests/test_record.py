@@ -769,9 +769,19 @@ def test_commands_that_cannot_be_executed(tree: Path) -> None:
         (["true"], {"root": "/nowhere"}, "/nowhere: cannot be the root: No such file"),
         (["true"], {"root": "/etc/passwd"}, "/etc/passwd: cannot be the root: it is no directory"),
         (["true"], {"cwd": "/etc\0"}, "NUL byte"),
+        (["true"], {"root": "/etc\0"}, r"'/etc\\x00' has a NUL byte"),
+        (["true"], {"root": "/\ud800"}, "has a lone surrogate"),
+        (
+            ["true"],
+            {"env": {"A": "x\0secret"}},
+            "the variable 'A' has a NUL byte, which a command cannot be given; leave it out",
+        ),
+        (["true"], {"env": {"A\0": "x"}}, "has a NUL byte"),
+        (["true"], {"env": {"A": "\ud800"}}, "the variable 'A' has a lone surrogate"),
+        (["echo", "\ud800"], {}, r"'\\ud800' has a lone surrogate"),
     ],
 )
-def test_wrong_usage(command: Any, options: dict[str, str], message: str) -> None:
+def test_wrong_usage(command: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         estargz.record(command, **options)
 

@@ -75,14 +75,14 @@ def record(
 
     Raises:
         UsageError: the command or the folder does not exist or cannot be executed or entered; ``exit_code`` is then a
-            shell's, 127 or 126.
+            shell's, 127 or 126. An argument, a variable or a path holds what none can hold.
         EstargzError: the kernel or a filter around this process does not allow recording.
     """
     arguments = _encoded(command)
     if not arguments:
         raise UsageError("there is no command to record; name a program")
     _check_kernel()
-    environment = os.environb if env is None else {os.fsencode(key): os.fsencode(value) for key, value in env.items()}
+    environment = os.environb if env is None else _environment(env)
     paths, status, unread, stage, reason = _record.run(
         _programs(arguments[0], environment),
         arguments,
@@ -113,10 +113,22 @@ def plain_lines(paths: Iterable[str]) -> Iterable[bytes]:
 def _encoded(arguments: Iterable[str | os.PathLike[str]]) -> list[bytes]:
     if isinstance(arguments, str | bytes):
         raise UsageError(f"a command is a sequence of strings, not {arguments!r}; split it")
-    encoded = [os.fsencode(argument) for argument in arguments]
-    for argument in encoded:
-        if b"\0" in argument:
-            raise UsageError(f"{argument!r} has a NUL byte, which no argument can have")
+    return [_bytes_of(argument, repr(argument)) for argument in arguments]
+
+
+def _environment(env: Mapping[str, str]) -> dict[bytes, bytes]:
+    # No value is shown: it may be a secret.
+    named = [(key, value, f"the variable {key!r}") for key, value in env.items()]
+    return {_bytes_of(key, shown): _bytes_of(value, shown) for key, value, shown in named}
+
+
+def _bytes_of(text: str | os.PathLike[str], shown: str) -> bytes:
+    try:
+        encoded = os.fsencode(text)
+    except UnicodeEncodeError:
+        raise UsageError(f"{shown} has a lone surrogate, which stands for no byte; correct it") from None
+    if b"\0" in encoded:
+        raise UsageError(f"{shown} has a NUL byte, which a command cannot be given; leave it out")
     return encoded
 
 
@@ -130,6 +142,7 @@ def _programs(name: bytes, environment: Mapping[bytes, bytes]) -> list[bytes]:
 
 def _root(root: str | os.PathLike[str]) -> bytes:
     """The directory as the kernel names it, with a slash at its end."""
+    _bytes_of(root, repr(root))
     try:
         resolved = Path(root).resolve(strict=True)
     except (OSError, RuntimeError) as error:
