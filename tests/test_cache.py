@@ -14,6 +14,7 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -608,6 +609,29 @@ def test_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError):
         on_disk(tmp_path / "file" / "cache", Ranges())
+
+
+@pytest.mark.parametrize("answer", [None, "text", 7])
+def test_a_reader_that_gives_no_bytes(answer: object) -> None:
+    class Faulty:
+        size = 100
+
+        def read_at(self, offset: int, size: int) -> bytes:
+            return answer  # type: ignore[return-value]
+
+    with (
+        CachedSource(Faulty()) as source,
+        pytest.raises(BlobError, match="blob: .* came for 100 .*its reader is faulty"),
+    ):
+        source.read_at(0, 10)
+
+
+@pytest.mark.parametrize(("size", "kind"), [(-1, BlobError), (None, TypeError), ("7", TypeError), (1 << 63, BlobError)])
+def test_a_size_that_cannot_be(size: Any, kind: type[Exception]) -> None:
+    reader = Ranges(b"")
+    reader.size = size
+    with pytest.raises(kind, match="its reader's size is"):
+        CachedSource(reader)
 
 
 def test_closing() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import array
 import base64
 import contextlib
 import email.utils
+import gc
 import hashlib
 import io
+import mmap
 import os
 import random
 import shutil
@@ -19,10 +22,12 @@ import time
 import traceback
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import urllib3
 from conftest import missing
@@ -36,7 +41,7 @@ import estargz
 from estargz.errors import BlobError, RangeError, UsageError
 from estargz.reading.cache import CachedSource
 from estargz.reading.http import HttpSource
-from estargz.reading.source import SeekReader, open_source
+from estargz.reading.source import SeekReader, Window, open_source
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -1155,11 +1160,141 @@ class OneWay(Plain):
         (io.StringIO("text"), TypeError, "reads str, not bytes; open it in binary mode"),
         (object(), TypeError, "a blob is a path, a URL, a file that has a descriptor or can seek"),
         ("http://", UsageError, "a blob's URL"),
+        (
+            "ftp://host/x",
+            UsageError,
+            "ftp://host/x: there is no such file, and of URLs only http:// and https:// are read",
+        ),
+        ("a\0b", UsageError, "is no path: it has a NUL byte"),
+        ("\ud800", UsageError, "is no path"),
+        ("/tmp", BlobError, "/tmp: is a directory; give the path of a blob"),
+        (memoryview(bytes(10))[::2], TypeError, "of this memoryview do not lie in one piece"),
     ],
 )
 def test_what_cannot_be_opened(source: Any, kind: type[Exception], message: str) -> None:
     with pytest.raises(kind, match=message):
         estargz.open(source)
+
+
+def test_what_is_not_open_for_reading(tmp_path: Path) -> None:
+    class WriteOnly(NoDescriptor):
+        def readable(self) -> bool:
+            return False
+
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(BlobError, match="fifo: is no regular file"):  # not waited for
+        estargz.open(tmp_path / "fifo")
+    with open(tmp_path / "x", "wb") as file, pytest.raises(UsageError, match="x: is open for writing only; open it"):
+        estargz.open(file)
+    with pytest.raises(UsageError, match="blob: is open for writing only"):
+        estargz.open(WriteOnly(BLOB))
+
+
+def test_a_scheme_may_be_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("ftp:").mkdir()
+    Path("ftp://x").write_bytes(BLOB)
+    with estargz.open("ftp://x") as blob:
+        assert blob.read("big") == FILES["big"]
+
+
+def test_anything_with_the_buffer_protocol(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(BLOB)
+    with open(tmp_path / "x", "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        for memory in (mapped, array.array("B", BLOB), np.frombuffer(BLOB, np.uint8)):
+            with estargz.open(memory) as blob:  # type: ignore[arg-type]
+                assert blob.read("big") == FILES["big"]
+            del blob
+    assert open_source(array.array("I")).size == 0  # type: ignore[arg-type]
+
+
+class Answers:
+    """A RangeReader that gives whatever it is told to."""
+
+    def __init__(self, size: Any, answer: Any) -> None:
+        self.size, self.answer = size, answer
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        return self.answer(offset, size)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("size", "kind"), [(None, TypeError), ("7", TypeError), (1.0, TypeError), (-1, BlobError), (1 << 63, BlobError)]
+)
+def test_a_readers_size(size: Any, kind: type[Exception]) -> None:
+    with pytest.raises(kind, match="blob: its reader's size is"):
+        estargz.open(Answers(size, lambda offset, size: b""))
+
+
+@pytest.mark.parametrize("answer", [None, "text", 7, [1]])
+def test_a_reader_that_gives_no_bytes(answer: object) -> None:
+    with pytest.raises(BlobError, match="came for a range of .* bytes; its reader is faulty"):
+        estargz.open(Answers(len(BLOB), lambda offset, size: answer))
+    lists = Recording()
+    lists.read_ranges = lambda ranges: answer  # type: ignore[method-assign,assignment,return-value]
+    with pytest.raises(BlobError, match="its reader is faulty"):
+        open_source(lists).read_ranges([(0, 1), (1, 2)])
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_a_reader_may_give_any_bytes(kind: Callable[[bytes], Any]) -> None:
+    with estargz.open(Answers(len(BLOB), lambda offset, size: kind(BLOB[offset : offset + size]))) as blob:
+        assert {path: blob.read(path) for path in FILES} == FILES
+
+
+def test_nothing_is_read_after_closing(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(BLOB)
+    for made in (lambda: tmp_path / "x", lambda: BLOB, lambda: Plain(BLOB), Recording):
+        source = open_source(made())  # type: ignore[arg-type,no-untyped-call]
+        window = Window(source, 0, source.size)
+        source.close()
+        source.close()
+        reads = [
+            partial(source.read_at, 0, 1),
+            partial(source.exactly, 0, 1),
+            partial(source.read_ranges, [(0, 1)]),
+            partial(window.readinto, memoryview(bytearray(9))),
+        ]
+        for read in reads:
+            with pytest.raises(UsageError, match=f"{source.name}: is closed"):
+                read()
+    for opened in (tmp_path / "x", BLOB, Plain(BLOB)):
+        blob = estargz.open(opened)  # type: ignore[arg-type]
+        blob.close()
+        with pytest.raises(UsageError, match="is closed"):
+            blob.read("big")
+
+
+def test_a_descriptor_ends_with_its_source(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(BLOB)
+    with nothing_leaks():
+        for _ in range(3):
+            estargz.open(tmp_path / "x")  # nobody closes it
+        gc.collect()
+
+
+def test_a_descriptor_is_closed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice would close another file that has got the number in between."""
+    closed: list[int] = []
+    close = os.close
+
+    def slow(number: int) -> None:
+        closed.append(number)
+        time.sleep(0.05)
+        close(number)
+
+    (tmp_path / "x").write_bytes(BLOB)
+    monkeypatch.setattr(os, "close", slow)
+    source = open_source(tmp_path / "x")
+    for thread in [in_thread(source.close) for _ in range(3)]:
+        thread.join()
+    source.close()
+    assert len(closed) == 1
+
+
+def test_a_digest_that_is_no_text() -> None:
+    with pytest.raises(UsageError, match="b'x' is not sha256:"):
+        estargz.open(BLOB, toc_digest=b"x")  # type: ignore[arg-type]
 
 
 class Recording:
@@ -1195,7 +1330,7 @@ def test_a_source_passes_on_what_its_reader_knows() -> None:
     source.prefetch([(3, 4)])
     assert source.forget(5, 6)
     reader.excess = 1
-    with pytest.raises(BlobError, match="3 bytes came for a range of 2; its reader is faulty"):
+    with pytest.raises(BlobError, match="3 bytes came for a range of 2 bytes; its reader is faulty"):
         source.read_ranges([(1, 2)])
     source.close()
     calls = [("read_ranges", [(1, 2)]), ("prefetch", [(3, 4)]), ("forget", (5, 6)), ("read_ranges", [(1, 2)])]

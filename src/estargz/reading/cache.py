@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from estargz.errors import BlobError, UsageError
-from estargz.reading.source import RangeReader
+from estargz.reading.source import RangeReader, stated_size
 
 __all__ = ["CachedSource"]
 
@@ -75,7 +75,7 @@ class CachedSource:
         if (directory is None) != (key is None):
             raise UsageError("directory and key belong together: give the blob's digest as key")
         self.name = str(getattr(source, "name", "blob"))
-        self.size = source.size
+        self.size = stated_size(source, self.name)
         self.requests = self.fetched = self.hits = 0
         self._source: RangeReader | None = source
         self._block_size, self._memory = block_size, memory
@@ -345,8 +345,12 @@ def _read_all(source: RangeReader, ranges: list[tuple[int, int]]) -> list[bytes]
         with ThreadPoolExecutor(min(_PARALLEL, len(ranges))) as threads:
             parts = list(threads.map(lambda span: _exactly(source, span), ranges))
     for (offset, size), part in zip(ranges, parts, strict=True):
+        name = getattr(source, "name", "blob")
+        if not isinstance(part, bytes):
+            raise BlobError(
+                f"{name}: {type(part).__name__} came for {size} bytes at byte {offset}; its reader is faulty"
+            )
         if len(part) != size:
-            name = getattr(source, "name", "blob")
             raise BlobError(f"{name}: {len(part)} bytes came for {size} at byte {offset}; was it cut while being read?")
     return parts
 
@@ -354,7 +358,7 @@ def _read_all(source: RangeReader, ranges: list[tuple[int, int]]) -> list[bytes]
 def _exactly(source: RangeReader, span: tuple[int, int]) -> bytes:
     offset, size = span
     data = source.read_at(offset, size)
-    while 0 < len(data) < size:
+    while isinstance(data, bytes) and 0 < len(data) < size:
         more = source.read_at(offset + len(data), size - len(data))
         if not more:
             break
