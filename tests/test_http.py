@@ -9,6 +9,7 @@ import email.utils
 import gc
 import hashlib
 import io
+import itertools
 import mmap
 import os
 import random
@@ -549,6 +550,80 @@ def test_body_that_drips(server: Server) -> None:
         assert "not done within 0.4 s" in str(refused(source))  # the whole body takes 40 s
         assert time.monotonic() - begun < 10
         assert len(server.seen) == 1
+
+
+def dripping(*pieces: bytes, pause: float = 0.05) -> Answer:
+    """These bytes one by one, the last piece for ever."""
+
+    def answer(exchange: Exchange) -> None:
+        exchange.handler.close_connection = True
+        end = time.monotonic() + 20
+        with contextlib.suppress(OSError):
+            for piece in itertools.chain(pieces, itertools.repeat(pieces[-1])):
+                for at in range(len(piece)) if pause else [slice(None)]:
+                    exchange.handler.wfile.write(piece[at : at + 1] if isinstance(at, int) else piece)
+                    time.sleep(pause)
+                if time.monotonic() > end:
+                    return
+
+    return answer
+
+
+PARTIAL = b"HTTP/1.1 206 Partial Content\r\n"
+CHUNKED = PARTIAL + b"Content-Range: bytes 1000-2999/100000\r\nTransfer-Encoding: chunked\r\n\r\n"
+DRIPS = {
+    "status line": dripping(b"HTTP/1.1 206 ", b"P"),
+    "headers": dripping(PARTIAL + b"X: ", b"x"),
+    "interim answers, slow": dripping(b"HTTP/1.1 100 Continue\r\n\r\n"),
+    "interim answers, fast": dripping(b"HTTP/1.1 100 Continue\r\n\r\n" * 100, pause=0),
+    "size of a chunk": lambda exchange: (exchange.handler.wfile.write(CHUNKED), dripping(b"0")(exchange)),
+    "extension of a chunk": lambda exchange: (exchange.handler.wfile.write(CHUNKED), dripping(b"7d0;", b"x")(exchange)),
+}
+
+
+@pytest.mark.parametrize("drip", DRIPS)
+@pytest.mark.parametrize("given", [False, True], ids=["own pool", "caller's pool"])
+def test_answers_that_drip(server: Server, drip: str, given: bool) -> None:
+    pool = urllib3.PoolManager() if given else None
+    with nothing_leaks(), opened(server, deadline=0.5, timeout=5.0, pool=pool) as source:
+        server.usual = DRIPS[drip]
+        begun = time.monotonic()
+        assert "not done within 0.5 s" in str(refused(source))
+        assert 0.4 < time.monotonic() - begun < 5
+        assert len(server.seen) == 1
+        if pool is not None:
+            pool.clear()
+
+
+def test_a_proxy_that_drips(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+
+        def drip() -> None:
+            connection, _ = proxy.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.recv(1000)
+                for _ in range(400):
+                    connection.send(b"H")
+                    time.sleep(0.05)
+
+        thread = in_thread(drip)
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        begun = time.monotonic()
+        with pytest.raises(RangeError, match="not done within 0.5 s"):
+            HttpSource("https://host.invalid/blob", deadline=0.5)
+        assert time.monotonic() - begun < 5
+        thread.join(10)
+
+
+def test_the_caller_may_use_a_pool_otherwise(server: Server) -> None:
+    """What goes through it without a source has no deadline."""
+    pool = urllib3.PoolManager()
+    with HttpSource(server.url, pool=pool, tail=TAIL, deadline=0.2) as source:
+        time.sleep(0.3)
+        answer = pool.request("GET", server.url, headers={"range": "bytes=0-9"}, retries=False)
+        assert (answer.status, answer.data) == (206, DATA[:10])
+        assert source.read_at(5, 5) == DATA[5:10]
+    pool.clear()
 
 
 def test_nobody_listens() -> None:

@@ -6,17 +6,21 @@ read -> one GET a range -> redirects, credentials, retries -> 206 with just that
 from __future__ import annotations
 
 import base64
+import builtins
+import io
 import random
 import re
+import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
-from typing import NamedTuple, Self, TypeVar
+from http.client import HTTPResponse
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
 from urllib.parse import unquote_to_bytes, urljoin
 from urllib.request import getproxies, proxy_bypass
 
@@ -34,6 +38,9 @@ from urllib3.util import Url, parse_url
 
 from estargz import __version__
 from estargz.errors import RangeError, UsageError
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 __all__ = ["HttpSource"]
 
@@ -344,7 +351,7 @@ class HttpSource:
                     self._moved = None if place is self._home else place
                     return result
             except HTTPError as error:
-                raise _broken(error, place) from error
+                raise self._broken(error, place, deadline) from error
             except _Failure as failure:
                 failure.place = place
                 raise
@@ -356,26 +363,35 @@ class HttpSource:
         headers = {"user-agent": f"estargz/{__version__}", **own, "accept-encoding": "identity", "range": span.header}
         try:
             silence = min(self._timeout, self._check_time(deadline))
-            return self._pools.of(place.url).urlopen(
-                "GET",
-                place.url.url,
-                headers=headers,
-                timeout=Timeout(connect=silence, read=silence),
-                retries=False,
-                redirect=False,
-                preload_content=False,
-                decode_content=False,
-            )
+            with _until(deadline):
+                return self._pools.of(place.url).urlopen(
+                    "GET",
+                    place.url.url,
+                    headers=headers,
+                    timeout=Timeout(connect=silence, read=silence),
+                    retries=False,
+                    redirect=False,
+                    preload_content=False,
+                    decode_content=False,
+                )
         except HTTPError as error:
-            raise _broken(error, place) from error
+            raise self._broken(error, place, deadline) from error
 
     def _check_time(self, deadline: float) -> float:
         """Seconds that are left."""
         self._check_open()
         left = deadline - time.monotonic()
         if left <= 0:
-            raise _Failure(f"not done within {self._deadline:g} s", "raise the deadline, or ask for less at once")
+            raise self._late()
         return left
+
+    def _late(self) -> _Failure:
+        return _Failure(f"not done within {self._deadline:g} s", "raise the deadline, or ask for less at once")
+
+    def _broken(self, error: HTTPError, place: _Place, deadline: float) -> _Failure:
+        failure = self._late() if time.monotonic() >= deadline else _broken(error)
+        failure.place = place
+        return failure
 
     def _follow(self, place: _Place, response: BaseHTTPResponse, hops: int) -> _Place:
         status = response.status
@@ -477,12 +493,10 @@ def _overloaded(response: BaseHTTPResponse) -> _Failure:
     return _Failure(_status_text(response.status), remedy, response.status, True, wait)
 
 
-def _broken(error: HTTPError, place: _Place) -> _Failure:
-    failure = _Failure(_cause(error), transient=isinstance(error, _BROKEN))
+def _broken(error: HTTPError) -> _Failure:
     if isinstance(error, SSLError) and isinstance(error.args[0], ssl.SSLCertVerificationError):
-        failure = _Failure(_cause(error), "trust its certificate by ca_file if you know it")
-    failure.place = place
-    return failure
+        return _Failure(_cause(error), "trust its certificate by ca_file if you know it")
+    return _Failure(_cause(error), transient=isinstance(error, _BROKEN))
 
 
 def _cause(error: HTTPError) -> str:
@@ -657,6 +671,63 @@ def _check_certificates(path: str) -> None:
         raise UsageError(f"ca_file {path}: {error.strerror or error}; give a PEM file of certificates") from error
 
 
+# A socket's timeout begins anew with every byte. What comes before and between the parts of a body (status lines, headers,
+# interim answers, sizes of chunks, a proxy's answer) is read inside http.client, so there the deadline has to be the file's.
+
+
+class _Deadline(threading.local):
+    at: float | None = None  # as time.monotonic says it; None: a request of somebody else, in the same pool
+
+
+_deadline = _Deadline()
+
+
+@contextmanager
+def _until(deadline: float) -> Iterator[None]:
+    """The answers that this thread begins to read are to be read by then."""
+    _deadline.at = deadline
+    try:
+        yield
+    finally:
+        _deadline.at = None
+
+
+class _TimedFile(io.RawIOBase):
+    """What a socket sends; reading raises the built-in TimeoutError after a silence as long as the socket's timeout, and
+    at the deadline."""
+
+    def __init__(self, file: io.RawIOBase, connection: socket.socket, deadline: float) -> None:
+        self._file, self._connection, self._until = file, connection, deadline
+        self._silence = connection.gettimeout()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: WriteableBuffer, /) -> int | None:
+        left = self._until - time.monotonic()
+        if left <= 0:
+            raise builtins.TimeoutError("timed out")
+        self._connection.settimeout(left if self._silence is None else min(self._silence, left))
+        return self._file.readinto(buffer)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+class _TimedResponse(HTTPResponse):
+    def __init__(self, sock: socket.socket, *args: Any, **options: Any) -> None:
+        super().__init__(sock, *args, **options)
+        if _deadline.at is not None:
+            self.fp = io.BufferedReader(_TimedFile(self.fp.detach(), sock, _deadline.at))
+
+
+class _Timed:
+    """What makes a class of connections heed the deadline."""
+
+    response_class = _TimedResponse
+
+
 class _Pools:
     """Connections, kept for the next request, through the environment's proxies (urllib3 does not look for them)."""
 
@@ -667,6 +738,13 @@ class _Pools:
         self._lock = threading.Lock()
 
     def of(self, url: Url) -> PoolManager:
+        manager = self._manager(url)
+        pool = manager.connection_from_url(url.url)
+        if not issubclass(pool.ConnectionCls, _Timed):
+            pool.ConnectionCls = type("TimedConnection", (_Timed, pool.ConnectionCls), {})
+        return manager
+
+    def _manager(self, url: Url) -> PoolManager:
         if self._given is not None:
             return self._given
         proxy = self._proxies.get(url.scheme or "")
