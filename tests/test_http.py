@@ -1242,7 +1242,7 @@ class OneWay(Plain):
         ),
         ("a\0b", UsageError, "is no path: it has a NUL byte"),
         ("\ud800", UsageError, "is no path"),
-        ("/tmp", BlobError, "/tmp: is a directory; give the path of a blob"),
+        ("/tmp", BlobError, "/tmp: is no regular file but a directory; give the path of a blob"),
         (memoryview(bytes(10))[::2], TypeError, "of this memoryview do not lie in one piece"),
     ],
 )

@@ -299,7 +299,7 @@ def _from_descriptor(fd: int, name: str) -> Source:
         if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY:
             raise _write_only(name)
         if stat.S_ISDIR(status.st_mode):
-            raise BlobError(f"{name}: is a directory; give the path of a blob")
+            raise BlobError(f"{name}: is no regular file but a directory; give the path of a blob")
         if not stat.S_ISREG(status.st_mode):
             raise BlobError(f"{name}: is no regular file; a blob is read from its end, so save it to a file first")
         return Source(name, status.st_size, fd)
