@@ -16,7 +16,17 @@ from typing import IO, Any, Protocol, cast, runtime_checkable
 
 from estargz.errors import BlobError, SourceError, UsageError
 
-__all__ = ["RangeReader", "Readable", "SeekReader", "Source", "Window", "blob_errors", "is_url", "open_source", "stated_size"]
+__all__ = [
+    "RangeReader",
+    "Readable",
+    "SeekReader",
+    "Source",
+    "Window",
+    "blob_errors",
+    "is_url",
+    "open_source",
+    "stated_size",
+]
 
 _MAX_SIZE = (1 << 63) - 1  # bytes; what an offset can say
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -227,6 +237,8 @@ def open_source(source: Readable) -> Source:
 
 def is_url(text: str) -> bool:
     return text.lower().startswith(("http://", "https://"))
+
+
 def _memory(source: Any) -> memoryview | None:
     """The bytes of anything that has the buffer protocol; None for what has not."""
     try:
