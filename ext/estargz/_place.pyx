@@ -5,6 +5,7 @@ from libc.errno cimport (
 )
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset, strcmp, strlen, strncmp
 
 from posix.stat cimport struct_stat
@@ -44,6 +45,7 @@ cdef extern from "place.h" nogil:
 cdef enum:
     TRIES = 16              # how often somebody else may put something where an entry belongs
     KEY_MOST = 255          # bytes of an attribute's key: XATTR_NAME_MAX
+    KEYS_MOST = 1 << 16     # bytes of all keys of a file: XATTR_LIST_MAX
     LISTED_AT_ONCE = 16384
     LEVELS_OPEN = 32        # directories that a removal keeps open on its way down
 
@@ -84,6 +86,9 @@ cdef int set_xattr(const place_rules *rules, int handle, int directory, const ch
         return EST_OK if note_skipped(skipped, SKIP_RIGHTS, key) else EST_NO_MEMORY
     if handle >= 0:
         status = fsetxattr(handle, key, value, size, 0)
+        # User attributes need an inode that may be written, whatever the handle may; the final mode comes after them.
+        if status and errno == EACCES and begins(key, "user.") and fchmod(handle, 0o700) == 0:
+            status = fsetxattr(handle, key, value, size, 0)
     else:
         status = est_setxattr_at(directory, name, key, value, size)
     if status == 0:
@@ -128,14 +133,24 @@ cdef bint may_go(const place_rules *rules, const char *key) noexcept nogil:
 
 cdef int drop_xattrs(const place_rules *rules, int handle) noexcept nogil:
     """What a directory had before an entry replaced its metadata."""
-    cdef char keys[4096]
-    cdef ssize_t size = flistxattr(handle, keys, sizeof(keys)) if rules.xattrs else 0
+    cdef char *keys
+    cdef ssize_t size
     cdef ssize_t at = 0
-    while at < size:
+    cdef int code = EST_OK
+    if not rules.xattrs:
+        return EST_OK
+    keys = <char *>malloc(KEYS_MOST)
+    if keys == NULL:
+        return EST_NO_MEMORY
+    size = flistxattr(handle, keys, KEYS_MOST)
+    if size < 0 and errno != ENOTSUP:
+        code = EST_PLACE_XATTR
+    while at < size and not code:
         if may_go(rules, keys + at) and fremovexattr(handle, keys + at) and errno != ENODATA:
-            return EST_PLACE_XATTR
+            code = EST_PLACE_XATTR
         at += strlen(keys + at) + 1
-    return EST_OK
+    free(keys)
+    return code
 
 
 cdef int set_by_name(const place_rules *rules, int directory, const char *name, const place_meta *meta, bint has_mode,
