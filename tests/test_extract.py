@@ -1082,3 +1082,126 @@ def test_a_layer_behind_a_url(tmp_path: Path) -> None:
         subprocess.run([sys.executable, "-c", code, "extract", "--quiet", url, tmp_path / "cli"], check=True)
     for name in ("out", "cli"):
         assert (tmp_path / name / "d/a").read_bytes() == b"1" * 100_000
+
+
+# --- only what was asked for
+
+
+def placed_over(folder: Path, path: str | list[str], *layers: bytes) -> list[str]:
+    """What a/keep and a/b/c, there before, become."""
+    (folder / "a" / "b").mkdir(parents=True)
+    (folder / "a" / "keep").write_text("old")
+    (folder / "a" / "b" / "c").write_text("old")
+    extract([*layers, tar(item("x"))], folder, paths=[path, "x"] if isinstance(path, str) else [*path, "x"])
+    (folder / "x").unlink()
+    return names(folder)
+
+
+def test_whiteouts_remove_nothing_that_was_not_asked_for(scratch: Path) -> None:
+    opaque = tar(item("a/.wh..wh..opq"), item("a/b/new", b"1"))
+    assert placed_over(scratch / "1", "a/b", opaque) == ["a", "a/b", "a/b/new", "a/keep"]
+    late = tar(item("a/b/new", b"1"), item("a/.wh..wh..opq"))
+    assert placed_over(scratch / "2", "a/b", late) == ["a", "a/b", "a/b/new", "a/keep"]
+    assert placed_over(scratch / "3", "a/b", tar(item("a/b"), item(".wh.a"))) == ["a", "a/b", "a/keep"]
+    some = ["a/b/c", "a/b/new"]
+    assert placed_over(scratch / "4", some, tar(item("a/b/c"), item("a/b/new")), tar(item(".wh.a"))) == [
+        "a",
+        "a/b",
+        "a/keep",
+    ]
+    root = tar(item(".wh..wh..opq"), item("a/b/new"))
+    assert placed_over(scratch / "5", "a/b", root) == ["a", "a/b", "a/b/new", "a/keep"]
+    assert placed_over(scratch / "6", "a/b", tar(item("a/b/c")), tar(item("a/.wh.b"))) == ["a", "a/keep"]
+
+
+@pytest.mark.parametrize("above", [item("a", b"1"), symlink("a", "x"), hardlink("a", "x"), item("a", kind="fifo")])
+def test_what_replaces_a_directory_that_was_not_asked_for(scratch: Path, above: bytes) -> None:
+    """Of what it hides only the path asked for goes, as if all had been extracted and that alone kept."""
+    assert placed_over(scratch / "out", "a/b", tar(item("a/b/c"), item("a/b/d")), tar(above)) == ["a", "a/keep"]
+
+
+def test_a_whiteout_removes_nothing_behind_a_link_that_it_hides(scratch: Path) -> None:
+    (scratch / "out" / "real" / "b").mkdir(parents=True)
+    (scratch / "out" / "a").symlink_to("real")
+    hidden = [tar(item("x"), item(".wh.a"))]
+    with pytest.raises(UsageError, match="'a/b' is in none"):
+        extract(hidden, scratch / "out", paths=["x", "a/b"])
+    assert names(scratch / "out") == ["a", "real", "real/b", "x"]
+    # ... but what is reached through a link in front of what is hidden goes
+    (scratch / "out" / "real" / "b" / "c").write_text("old")
+    with pytest.raises(UsageError, match="'a/b/c' is in none"):
+        extract([tar(item("a/.wh.b"))], scratch / "out", paths=["a/b/c"])
+    assert names(scratch / "out") == ["a", "real", "real/b", "x"]
+
+
+# --- attributes, links, errors
+
+
+def test_user_attributes_of_what_may_not_be_written(scratch: Path) -> None:
+    attributes = {b"user.a": b"1", b"user.b": b"2"}
+    (scratch / "layer").write_bytes(
+        tar(
+            item("file", b"1", mode=0o444, xattrs=attributes),
+            item("none", b"2", mode=0, xattrs=attributes),
+            item("large", bytes(3_000_000), mode=0o400, xattrs=attributes),
+            item("folder/", mode=0o555, xattrs=attributes),
+        )
+    )
+    (scratch / "place").mkdir()
+    (scratch / "place").chmod(0o777)
+    for mask in (0o022, 0o777):
+        out = scratch / "place" / f"{mask:o}"
+        before = os.umask(mask)
+        try:
+            done = as_nobody(*COMMAND, "extract", scratch / "layer", out)
+        finally:
+            os.umask(before)
+        assert done.returncode == 0, done.stderr
+        assert "left out" not in done.stderr
+        entries = snapshot(out) if IS_ROOT else {}
+        modes = {os.fsencode(entry.name): stat.S_IMODE(entry.lstat().st_mode) for entry in out.iterdir()}
+        assert modes == {b"file": 0o444, b"none": 0, b"large": 0o400, b"folder": 0o555}
+        for name in entries.keys() & modes.keys():
+            assert entries[name].xattrs == (("user.a", b"1"), ("user.b", b"2"))
+
+
+def test_all_attributes_of_a_directory_are_replaced(memory_disk: Path) -> None:
+    folder = memory_disk / "out" / "a"
+    folder.mkdir(parents=True)
+    try:
+        for number in range(60):
+            os.setxattr(folder, f"user.{number:0240}", b"")
+    except OSError as error:
+        pytest.skip(f"the file system holds too few attributes: {error}")
+    extract(tar(item("a/", xattrs={b"user.new": b"1"})), memory_disk / "out")
+    assert os.listxattr(folder) == ["user.new"]
+
+
+def test_links_on_the_way_are_bounded(scratch: Path) -> None:
+    """The steps of all links together, so that no entry takes long."""
+    winding = "d/../" * 800
+    layer = [item("d/"), symlink("l0", "d")]
+    layer += [symlink(f"l{number}", f"{winding}l{number - 1}") for number in (1, 2)]
+    extract(tar(*layer, item("l1/x", b"1")), scratch / "one")
+    assert (scratch / "one" / "d" / "x").read_bytes() == b"1"
+    with pytest.raises(SinkError, match=r"l2/x: .*(?i:too many levels of symbolic links)"):
+        extract(tar(*layer, item("l2/x", b"1")), scratch / "two")
+
+
+def test_a_directory_that_cannot_be_opened_is_not_removed(scratch: Path) -> None:
+    if shutil.which("strace") is None:
+        missing("strace is not installed")
+    (scratch / "layer").write_bytes(tar(item("there/", mode=0o700)))
+    run = [*COMMAND, "extract", "--threads", "1", scratch / "layer", scratch / "out"]
+    (scratch / "out" / "there" / "keep").mkdir(parents=True)
+    tracing = ["strace", "-e", "trace=openat", "-o", str(scratch / "trace")]
+    subprocess.run([*tracing, *map(str, run)], check=True, capture_output=True)
+    calls = [line for line in (scratch / "trace").read_text().splitlines() if line.startswith("openat(")]
+    at = next(number for number, line in enumerate(calls, 1) if '"there"' in line)
+    failing = [*tracing, "-e", f"inject=openat:error=EIO:when={at}"]
+    done = subprocess.run([*failing, *map(str, run)], check=False, capture_output=True, text=True)
+    assert '"there"' in next(line for line in (scratch / "trace").read_text().splitlines() if "INJECTED" in line)
+    assert done.returncode == 1
+    assert "there: " in done.stderr
+    assert "Input/output error" in done.stderr
+    assert names(scratch / "out") == ["there", "there/keep"]

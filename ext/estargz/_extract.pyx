@@ -21,7 +21,7 @@ from posix.stat cimport S_IFBLK, S_IFCHR, S_IFIFO, struct_stat
 from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 from posix.unistd cimport close
 
-from estargz._folders cimport WALK_MISSING, Folders, directory_meta, directory_node, unlock
+from estargz._folders cimport NAME_MOST, WALK_LINK, WALK_MISSING, Folders, directory_meta, directory_node, unlock
 from estargz._memory cimport buffer, buffer_append, buffer_free, buffer_reserve, map_free
 from estargz._place cimport (
     SKIP_DEVICE, list_names, place_directory, place_file, place_finish, place_meta, place_node, place_open,
@@ -441,6 +441,7 @@ cdef class Extractor(Folders):
     cdef block *acquire(self) noexcept nogil:
         """The reader's next block, the rest of the last one in it; NULL after a failure. Places while it waits."""
         cdef block *b = &self.blocks[self.produced % self.block_count]
+        cdef bint going
         pthread_mutex_lock(&self.lock)
         while not self.failure.code:
             if self.threads == 1 and self.step(&self.skipped):
@@ -451,8 +452,11 @@ cdef class Extractor(Folders):
                 self.wait_for_progress()
             self.listen()
         self.listen()
+        going = not self.failure.code
+        if going:           # under the lock: others may still look at the slot
+            b.count = b.taken = b.done = 0
         pthread_mutex_unlock(&self.lock)
-        if self.failure.code:
+        if not going:
             return NULL
         if b.data == NULL:
             b.data = <uint8_t *>malloc(TAIL_MOST + READ_SIZE)
@@ -461,7 +465,6 @@ cdef class Extractor(Folders):
             return NULL
         b.sequence = self.produced
         b.closed = False
-        b.count = b.taken = b.done = 0
         b.jobs.size = b.strings.size = 0
         b.size = self.tail.size
         if b.size:
@@ -850,6 +853,7 @@ cdef class Extractor(Folders):
         cdef int64_t parent
         cdef uint32_t base
         cdef const char *name
+        cdef int selected
         if not clean(&self.path, entry.name, entry.name_len, &base):
             return EST_NO_MEMORY
         name = <const char *>self.path.data + base
@@ -857,10 +861,13 @@ cdef class Extractor(Folders):
             return EST_OK
         if begins(name, ".wh."):
             return self.place_whiteout(base)
-        if self.selects(self.path.data, self.path.size) == SELECT_NONE:
+        selected = self.selects(self.path.data, self.path.size)
+        if selected == SELECT_NONE:
             return EST_OK
         if self.path.size == 0:
             return self.place_root(entry)
+        if selected == SELECT_PARENT and entry.type != c'5':
+            return self.hide_selected(&self.path, base)
         parent = self.parent_of(&self.path, base, True)
         if parent < 0:
             return <int>parent
@@ -1095,44 +1102,92 @@ cdef class Extractor(Folders):
         job under way is concerned."""
         cdef const char *name = <const char *>self.path.data + base + 4
         cdef bint opaque = strcmp(name, ".wh..opq") == 0
-        cdef int64_t parent, child
-        cdef size_t victim
+        cdef int64_t parent
+        cdef int selected
         if begins(name, ".wh.") and not opaque:
             return EST_OK
         if name[0] == 0 or strcmp(name, ".") == 0 or strcmp(name, "..") == 0:
             return EST_WHITEOUT_NAME
-        if not self.selects_whiteout(base, opaque):
+        if not self.set_hidden(base, opaque):
+            return EST_NO_MEMORY
+        selected = self.selects(self.target.data, self.target.size)
+        if selected == SELECT_NONE:
             return EST_OK
         self.whiteouts += 1
+        if selected == SELECT_PARENT:
+            return self.hide_selected(&self.target, base)
         if self.layer == 0 and self.empty:
             return EST_OK
         parent = self.parent_of(&self.path, base, False)
-        if parent == WALK_MISSING or (parent == EST_PLACE_PARENT and errno == ENOTDIR):
+        if is_missing(parent):
             return EST_OK
         if parent < 0:
             return <int>parent
-        name = <const char *>self.path.data + base + 4
+        return self.clear_lower(parent) if opaque else self.hide(parent, <const char *>self.path.data + base + 4)
+
+    cdef bint set_hidden(self, uint32_t base, bint opaque) noexcept nogil:
+        """In target, the path that a whiteout hides, or the directory that an opaque one empties."""
+        self.target.size = 0
         if opaque:
-            return self.clear_lower(parent)
-        victim = strlen(name)
-        child = self.child_of(parent, name, victim)
+            return buffer_append(&self.target, self.path.data, base - (base != 0))
+        return (buffer_append(&self.target, self.path.data, base)
+                and buffer_append(&self.target, self.path.data + base + 4, self.path.size - base - 4))
+
+    cdef int hide(self, int64_t parent, const char *name) noexcept nogil:
+        """Removes what lower layers have at a name. No job under way is concerned."""
+        cdef size_t size = strlen(name)
+        cdef int64_t child = self.child_of(parent, name, size)
         if child >= 0 and self.node(child).layer == self.layer:
             return self.clear_lower(child)
-        if child < 0 and self.find(&self.names, parent, name, victim) != NULL:
+        if child < 0 and self.find(&self.names, parent, name, size) != NULL:
             return EST_OK
         return self.drop(parent, name)
 
-    cdef bint selects_whiteout(self, uint32_t base, bint opaque) noexcept nogil:
-        """As the path that it hides something at."""
-        cdef size_t size = base - (base != 0)
-        if not self.selected.size:
-            return True
-        self.long_path.size = 0
-        if not buffer_append(&self.long_path, self.path.data, size if opaque else base):
-            return True
-        if not opaque:
-            buffer_append(&self.long_path, self.path.data + base + 4, self.path.size - base - 4)
-        return self.selects(self.long_path.data, self.long_path.size) != SELECT_NONE
+    cdef int hide_selected(self, const buffer *hidden, uint32_t base) noexcept nogil:
+        """Where the entry at hand hides a path: removes what was asked for below that, and nothing else."""
+        cdef size_t at = 0
+        cdef uint32_t length
+        cdef const uint8_t *wanted
+        cdef int64_t top
+        cdef int code = EST_OK
+        if self.layer == 0 and self.empty:
+            return EST_OK
+        top = self.parent_of(&self.path, base, False)
+        if top < 0:
+            return EST_OK if is_missing(top) else <int>top
+        while at < self.selected.size and not code:
+            memcpy(&length, self.selected.data + at, sizeof(length))
+            wanted = self.selected.data + at + 5
+            if length > hidden.size and is_at_or_below(wanted, length, hidden.data, hidden.size):
+                code = self.hide_below(top, wanted + base, length - base)
+            at += 5 + length
+        return code
+
+    cdef int hide_below(self, int64_t at, const uint8_t *path, size_t size) noexcept nogil:
+        """Hides a path of lower layers. What is behind a link would be there without it, and stays."""
+        cdef char name[NAME_MOST + 1]
+        cdef size_t end
+        cdef int64_t child
+        while True:
+            end = 0
+            while end < size and path[end] != c'/':
+                end += 1
+            if end > NAME_MOST:     # nothing has such a name
+                return EST_OK
+            memcpy(name, path, end)
+            name[end] = 0
+            if end == size:
+                return self.hide(at, name)
+            child = self.child_of(at, name, end)
+            if child < 0:
+                child = self.enter(at, name, end, False)
+            if child == WALK_LINK or is_missing(child):
+                return EST_OK
+            if child < 0:
+                return <int>child
+            at = child
+            path += end + 1
+            size -= end + 1
 
     cdef int selects(self, const uint8_t *path, size_t size) noexcept nogil:
         """How a cleaned path stands to those that were asked for."""
@@ -1218,6 +1273,11 @@ cdef int fill_kind(const tar_entry *entry, job *j) noexcept nogil:
         return EST_DEVICE_RANGE
     j.device = makedev(<unsigned int>entry.dev_major, <unsigned int>entry.dev_minor)
     return EST_OK
+
+
+cdef inline bint is_missing(int64_t answer) noexcept nogil:
+    """Whether a walk met nothing, or something that has nothing below it."""
+    return answer == WALK_MISSING or (answer == EST_PLACE_PARENT and errno == ENOTDIR)
 
 
 cdef bint is_own_name(const char *name) noexcept nogil:

@@ -8,7 +8,8 @@ from estargz._place cimport place_meta, place_rules
 
 cdef enum:
     NAME_MOST = 255         # bytes of a component: NAME_MAX of every file system
-    WALK_MISSING = -1002    # an answer beside nodes and codes of status.h
+    WALK_LINK = -1001       # answers beside nodes and codes of status.h
+    WALK_MISSING = -1002
 
 # A directory that entries are placed in.
 ctypedef struct directory_node:
@@ -79,6 +80,8 @@ cdef class Folders:
     # The node of the directory that a cleaned path lies in; its last component begins at base. make: what is missing is
     # made, else WALK_MISSING.
     cdef int64_t parent_of(self, const buffer *path, uint32_t base, bint make) noexcept nogil
+    # The node of a directory that is not known yet; a link is WALK_LINK. make: as above.
+    cdef int64_t enter(self, int64_t parent, const char *name, size_t size, bint make) noexcept nogil
     # The node of a new directory. replace: or of one that is there, and anything else that is there goes.
     cdef int64_t make_directory(self, int64_t parent, const char *name, size_t size, bint replace) noexcept nogil
     # What a directory gets in the end; the attributes are copied. The last statement counts.
@@ -98,7 +101,6 @@ cdef class Folders:
     cdef int64_t *find(self, byte_map *map, int64_t parent, const char *name, size_t size) noexcept nogil
     cdef size_t key_of(self, uint8_t *key, int64_t parent, const char *name, size_t size) noexcept nogil
     cdef int64_t walk(self, const uint8_t *path, size_t size, bint make, bint *linked) noexcept nogil
-    cdef int64_t enter(self, int64_t parent, const char *name, size_t size, bint make) noexcept nogil
     cdef int64_t add_node(self, int64_t parent, const char *name, size_t size, int handle, bint ours) noexcept nogil
     cdef int imply(self, int64_t number) noexcept nogil
     cdef int clear_one(self, int64_t number, buffer *waiting) noexcept nogil

@@ -38,10 +38,10 @@ cdef extern from "place.h" nogil:
 cdef enum:
     LINK_MOST = 4096
     LINKS_MOST = 40                 # on one path, as in the kernel
+    TARGETS_MOST = 4096             # bytes of their targets together: no entry makes many steps
     NAMES_MOST = 1 << 16            # remembered of a layer that has nothing below it
     XATTRS_MOST = 256 << 20         # bytes of directories' attributes that wait for the end
     IMPLIED_MODE = 0o755            # of a parent that no layer states
-    WALK_LINK = -1001               # an answer beside nodes and codes of status.h
 
 
 cdef class Folders:
@@ -170,6 +170,7 @@ cdef class Folders:
         cdef int64_t child
         cdef size_t end
         cdef int links = 0
+        cdef size_t targets = 0
         while True:
             while size and path[0] == c'/':
                 path += 1
@@ -197,9 +198,11 @@ cdef class Folders:
             if child == WALK_LINK:
                 linked[0] = True
                 links += 1
-                if links > LINKS_MOST:
+                targets += self.spare.size
+                if links > LINKS_MOST or targets > TARGETS_MOST:
                     (&errno)[0] = ELOOP
                     return EST_PLACE_PARENT
+                self.attend()
                 if not buffer_append(&self.spare, path, size):
                     return EST_NO_MEMORY
                 self.left, self.spare = self.spare, self.left
@@ -264,7 +267,11 @@ cdef class Folders:
             if handle >= 0:
                 unlock(handle)
                 return self.add_node(parent, name, size, handle, False)
-            if errno != ENOENT and remove_tree(directory, name):
+            if errno == ENOENT:
+                continue
+            if errno != ENOTDIR and errno != ELOOP:     # a directory may be there: no reason to remove it
+                return EST_PLACE_CREATE
+            if remove_tree(directory, name):
                 return EST_PLACE_REMOVE
         if self.rules.umask & 0o700 and fchmodat(directory, name, 0o700, AT_SYMLINK_NOFOLLOW):
             return EST_PLACE_META
