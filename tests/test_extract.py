@@ -1205,3 +1205,45 @@ def test_a_directory_that_cannot_be_opened_is_not_removed(scratch: Path) -> None
     assert "there: " in done.stderr
     assert "Input/output error" in done.stderr
     assert names(scratch / "out") == ["there", "there/keep"]
+
+
+# --- what is said of what was left out
+
+
+def test_what_was_left_out_is_counted_and_the_first_of_it_named(scratch: Path) -> None:
+    attributes = {b"trusted.%d" % number: b"" for number in range(30)}
+    layer = tar(
+        item("d/", xattrs=attributes),
+        *(item(f"d/{number}", xattrs=attributes) for number in range(3000)),
+        item("null", kind="char"),
+    )
+    wanted = None
+    for threads in (1, 2, 5):
+        done = extract(layer, scratch / f"{threads}", same_owner=False, threads=threads)
+        assert done.skipped_count == 3001 * 30 + 1
+        assert len(done.skipped) == 1000
+        # Directories get theirs in the end, and come first all the same.
+        assert [path for path, _ in done.skipped[::30]] == ["d", *(f"d/{number}" for number in range(33))]
+        assert wanted in (None, done.skipped)
+        wanted = done.skipped
+    (scratch / "layer").write_bytes(layer)
+    said = command(scratch / "layer", scratch / "cli", "--no-same-owner").stderr
+    assert f"... and {3001 * 30 + 1 - 20} more left out" in said
+
+
+def test_what_was_left_out_takes_little_memory(scratch: Path) -> None:
+    """Long names of devices, and one entry with more attributes than are kept."""
+    devices = [item(f"{number}/" + "/".join(["n" * 250] * 2000), kind="char") for number in range(5)]
+    done = extract(tar(*devices), scratch / "devices", same_owner=False, max_entries=20_000)
+    assert done.skipped_count == 5
+    assert [path[:2] for path, _ in done.skipped] == ["0/", "1/"]
+    many = {b"trusted.%d" % number: b"" for number in range(25_000)}
+    done = extract(tar(item("a", xattrs=many)), scratch / "many", same_owner=False)
+    assert (done.skipped_count, len(done.skipped)) == (25_000, 1000)
+
+
+def test_devices_that_are_left_out_are_entries_all_the_same(scratch: Path) -> None:
+    layer = tar(*(item(f"{number}", kind="block") for number in range(5)))
+    assert extract(layer, scratch / "out", same_owner=False, max_entries=5).skipped_count == 5
+    with pytest.raises(SourceError, match="4: goes beyond the number of entries allowed"):
+        extract(layer, scratch / "no", same_owner=False, max_entries=4)

@@ -75,6 +75,8 @@ cdef enum:
     GROUP_SIZE = 256 << 10
     MAJOR_MOST = (1 << 12) - 1      # the kernel's device numbers
     MINOR_MOST = (1 << 20) - 1
+    NOTES_MOST = 1000               # things left out of which notes are kept
+    NOTES_SIZE = 1 << 20            # bytes of all notes
 
 cdef int64_t LISTEN_EVERY_NS = 100000000    # how often the caller looks for signals and reports progress
 cdef int64_t ID_MOST = 0xFFFFFFFE           # the one above means "leave it as it is" to chown
@@ -152,6 +154,15 @@ cdef enum selection:
     SELECT_NONE
     SELECT_PARENT           # something below it is selected
     SELECT_THIS             # it is, or something above it
+
+
+# What of an entry was left out, for whom it concerns.
+ctypedef struct note_row:
+    int64_t number
+    int64_t count
+    size_t path_size
+    size_t size
+    uint8_t *text           # the path, and as of `skipped` in _place.pxd
 
 
 cdef inline size_t padding_of(int64_t size) noexcept nogil:
@@ -244,8 +255,11 @@ cdef class Extractor(Folders):
 
     cdef buffer path, target, skipped
     cdef buffer selected                        # uint32 size, uint8 found, path; for each
-    cdef buffer notes                           # int64 number, uint32 path size, uint32 size of what was skipped, both
+    cdef buffer notes                           # note_row, in the entries' order
+    cdef int64_t notes_count, notes_size        # things left out, and bytes, in them
+    cdef int64_t notes_end                      # of entries from this on, none is kept
     cdef readonly int64_t entries, files, size, whiteouts
+    cdef readonly int64_t skipped_count         # things left out, whether a note of them is kept or not
 
     def __cinit__(self, int root, *, bint ours, bint owners, bint xattrs, unsigned int uid, unsigned int gid,
                   unsigned int umask, int threads, int64_t memory, int64_t handles, max_size, max_entries, paths,
@@ -262,6 +276,7 @@ cdef class Extractor(Folders):
         self.progress = progress
         self.progress_due_ns = monotonic_ns() + LISTEN_EVERY_NS
         memcpy(self.salt, <const char *>salt, 8)
+        self.notes_end = INT64_MAX
         tar_parser_init(&self.parser)
         pthread_mutex_init(&self.lock, NULL)
         pthread_cond_init(&self.work_or_end, NULL)
@@ -292,6 +307,8 @@ cdef class Extractor(Folders):
         buffer_free(&self.target)
         buffer_free(&self.skipped)
         buffer_free(&self.selected)
+        while self.notes.size:
+            self.drop_note()
         buffer_free(&self.notes)
         buffer_free(&self.tail)
         tar_parser_free(&self.parser)
@@ -422,19 +439,31 @@ cdef class Extractor(Folders):
         return missing
 
     def skipped_notes(self):
-        """What was left out, in the entries' order: (path, [(skip_reason, attribute's key), ...])."""
-        cdef size_t at = 0
-        cdef int64_t number
-        cdef uint32_t sizes[2]
+        """What was left out, in the entries' order: (path, [(skip_reason, attribute's key), ...]). The first of it, up
+        to NOTES_MOST reasons and NOTES_SIZE bytes; skipped_count has no such bounds."""
+        cdef note_row *row
+        cdef size_t i
+        cdef size_t left = NOTES_MOST
+        cdef int64_t room = NOTES_SIZE
         found = []
-        while at < self.notes.size:
-            memcpy(&number, self.notes.data + at, sizeof(number))
-            memcpy(sizes, self.notes.data + at + 8, sizeof(sizes))
-            path = PyBytes_FromStringAndSize(<char *>self.notes.data + at + 16, sizes[0])
-            reasons = PyBytes_FromStringAndSize(<char *>self.notes.data + at + 16 + sizes[0], sizes[1])
-            found.append((number, path, [(part[0], part[1:]) for part in reasons.split(b"\0") if part]))
-            at += 16 + sizes[0] + sizes[1]
-        return [(path, reasons) for _, path, reasons in sorted(found)]
+        for i in range(self.notes.size // sizeof(note_row)):
+            row = <note_row *>self.notes.data + i
+            path = PyBytes_FromStringAndSize(<char *>row.text, row.path_size)
+            reasons = PyBytes_FromStringAndSize(<char *>row.text + row.path_size, row.size - row.path_size)
+            kept = []
+            room -= row.path_size
+            for part in reasons.split(b"\0", left)[:left]:
+                room -= len(part) + 1
+                if room < 0:
+                    break
+                if part:        # the last one ends in a separator
+                    kept.append((part[0], part[1:]))
+            left -= len(kept)
+            if kept:
+                found.append((path, kept))
+            if room < 0 or not left:
+                break
+        return found
 
     # ------------------------------------------------------------------------------------------ blocks, threads
 
@@ -697,21 +726,57 @@ cdef class Extractor(Folders):
         pthread_mutex_unlock(&self.lock)
 
     cdef int note(self, int64_t number, const void *path, size_t size, buffer *skipped) noexcept nogil:
-        cdef uint32_t sizes[2]
-        cdef bint kept
-        sizes[0] = <uint32_t>size
-        sizes[1] = <uint32_t>skipped.size
+        """Remembers what was left out of an entry, if it is among the first: which ones are does not depend on the
+        order in which they come."""
+        cdef note_row row
+        cdef bint kept = True
+        cdef size_t i
+        row.number, row.path_size, row.size = number, size, size + skipped.size
+        row.count = 0
+        for i in range(skipped.size):
+            row.count += skipped.data[i] == 0
         pthread_mutex_lock(&self.lock)
-        kept = buffer_reserve(&self.notes, 16 + size + skipped.size)
-        if kept:
-            buffer_append(&self.notes, &number, sizeof(number))
-            buffer_append(&self.notes, sizes, sizeof(sizes))
-            buffer_append(&self.notes, path, size)
-            buffer_append(&self.notes, skipped.data, skipped.size)
+        self.skipped_count += row.count
+        if number < self.notes_end:
+            row.text = <uint8_t *>malloc(row.size)
+            kept = row.text != NULL
+            if kept:
+                memcpy(row.text, path, size)
+                memcpy(row.text + size, skipped.data, skipped.size)
+                kept = self.insert_note(&row)
         pthread_mutex_unlock(&self.lock)
         if not kept:
             self.fail(EST_NO_MEMORY, 0, number, -1, NULL, 0)
         return EST_OK
+
+    cdef bint insert_note(self, const note_row *row) noexcept nogil:
+        """Puts a note in its place, and drops those for which others leave no room. Its text is ours from now on."""
+        cdef note_row *rows
+        cdef size_t at = self.notes.size // sizeof(note_row)
+        if not buffer_append(&self.notes, row, sizeof(row[0])):
+            free(row.text)
+            return False
+        rows = <note_row *>self.notes.data
+        while at and rows[at - 1].number > row.number:
+            rows[at] = rows[at - 1]
+            at -= 1
+        rows[at] = row[0]
+        self.notes_count += row.count
+        self.notes_size += row.size
+        while True:
+            rows = <note_row *>(self.notes.data + self.notes.size) - 1
+            if self.notes_count - rows.count < NOTES_MOST and self.notes_size - <int64_t>rows.size < NOTES_SIZE:
+                return True
+            self.notes_end = rows.number
+            self.drop_note()
+
+    cdef void drop_note(self) noexcept nogil:
+        """The last one."""
+        cdef note_row *row = <note_row *>(self.notes.data + self.notes.size) - 1
+        self.notes_count -= row.count
+        self.notes_size -= row.size
+        free(row.text)
+        self.notes.size -= sizeof(note_row)
 
     # ------------------------------------------------------------------------------------------ the tar
 
@@ -942,11 +1007,11 @@ cdef class Extractor(Folders):
             code = fill_kind(entry, &j)
         if code:
             return code
-        if not self.rules.owners and (j.type == S_IFCHR or j.type == S_IFBLK):
-            return self.note_device()
         code = self.count_entry()
         if code:
             return code
+        if not self.rules.owners and (j.type == S_IFCHR or j.type == S_IFBLK):
+            return self.note_device()
         if entry.size > self.max_size - self.size:
             return EST_LIMIT_SIZE
         code = self.make_room(parent, name)

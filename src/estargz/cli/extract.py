@@ -71,8 +71,9 @@ def command(
 def _summarise(done: Extracted, seconds: float) -> None:
     for path, why in done.skipped[:_SHOWN]:
         click.echo(f"{escape(path)}: left out: {escape(why)}", err=True)
-    if len(done.skipped) > _SHOWN:
-        click.echo(f"... and {len(done.skipped) - _SHOWN} more left out", err=True)
+    shown = min(len(done.skipped), _SHOWN)
+    if done.skipped_count > shown:
+        click.echo(f"... and {done.skipped_count - shown} more left out", err=True)
     click.echo(
         f"{done.entries} entries, {done.bytes / 1e6:.1f} MB in {seconds:.2f} s, {done.bytes / 1e6 / seconds:.0f} MB/s",
         err=True,

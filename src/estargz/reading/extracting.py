@@ -45,11 +45,13 @@ Layer = Readable | IO[bytes]
 class Extracted:
     """What extract() did.
 
-    entries:    entries applied, whiteouts not among them
-    files:      regular files among them
-    bytes:      of their payloads
-    whiteouts:  markers that hide what lower layers have
-    skipped:    (path, why) of devices and extended attributes that were left out, in the order of the layers
+    entries:        entries applied, whiteouts not among them
+    files:          regular files among them
+    bytes:          of their payloads
+    whiteouts:      markers that hide what lower layers have
+    skipped:        (path, why) of devices and extended attributes that were left out, in the order of the layers: the
+                    first 1000, or fewer where paths and attributes' keys take more than 1 MiB
+    skipped_count:  how many were left out
     """
 
     entries: int
@@ -57,6 +59,7 @@ class Extracted:
     bytes: int
     whiteouts: int
     skipped: tuple[tuple[str, str], ...] = ()
+    skipped_count: int = 0
 
 
 def extract(
@@ -144,7 +147,12 @@ def extract(
         undone.pop_all()
         extractor.close()
         return Extracted(
-            extractor.entries, extractor.files, extractor.size, extractor.whiteouts, tuple(_skipped(extractor))
+            extractor.entries,
+            extractor.files,
+            extractor.size,
+            extractor.whiteouts,
+            tuple(_skipped(extractor)),
+            extractor.skipped_count,
         )
 
 
