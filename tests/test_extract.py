@@ -1247,3 +1247,26 @@ def test_devices_that_are_left_out_are_entries_all_the_same(scratch: Path) -> No
     assert extract(layer, scratch / "out", same_owner=False, max_entries=5).skipped_count == 5
     with pytest.raises(SourceError, match="4: goes beyond the number of entries allowed"):
         extract(layer, scratch / "no", same_owner=False, max_entries=4)
+
+
+# --- interrupted where no entry is read
+
+
+def interrupted(*layers: bytes, out: Path) -> None:
+    def stop(done: int) -> None:
+        raise RuntimeError("enough")
+
+    with nothing_leaks(), pytest.raises(RuntimeError, match="enough"):
+        extract(list(layers), out, progress=stop, threads=1)
+
+
+@pytest.mark.parametrize("way", ["whiteout", "replaced"])
+def test_a_removal_is_interrupted(memory_disk: Path, way: str) -> None:
+    out = memory_disk / "out"
+    for number in range(40_000):
+        (out / "big" / f"{number}").mkdir(parents=True)
+    if way == "whiteout":
+        interrupted(tar(item(".wh.big")), out=out)
+    else:
+        interrupted(tar(item("big/", mode=0o700), item("big", kind="fifo")), out=out)
+    assert 0 < len(os.listdir(out / "big")) < 40_000

@@ -21,7 +21,7 @@ from posix.stat cimport S_IFBLK, S_IFCHR, S_IFIFO, struct_stat
 from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 from posix.unistd cimport close
 
-from estargz._folders cimport NAME_MOST, WALK_LINK, WALK_MISSING, Folders, directory_meta, directory_node, unlock
+from estargz._folders cimport LISTEN_DIRECTORIES, NAME_MOST, WALK_LINK, WALK_MISSING, Folders, directory_meta, directory_node, unlock
 from estargz._memory cimport buffer, buffer_append, buffer_free, buffer_reserve, map_free
 from estargz._place cimport (
     SKIP_DEVICE, list_names, place_directory, place_file, place_finish, place_meta, place_node, place_open,
@@ -411,7 +411,7 @@ cdef class Extractor(Folders):
             lseek(root, 0, SEEK_SET)
             list_names(root, &self.listing)
             while at < self.listing.size:
-                remove_tree(root, <const char *>self.listing.data + at)
+                remove_tree(root, <const char *>self.listing.data + at, NULL, NULL)
                 at += strlen(<const char *>self.listing.data + at) + 1
 
     def _join(self):
@@ -546,10 +546,13 @@ cdef class Extractor(Folders):
             self.listen()
         pthread_mutex_unlock(&self.lock)
 
-    cdef void attend(self) noexcept nogil:
+    cdef bint attend(self) noexcept nogil:
+        cdef bint going
         pthread_mutex_lock(&self.lock)
         self.listen()
+        going = not self.failure.code
         pthread_mutex_unlock(&self.lock)
+        return going
 
     cdef void wait_for_progress(self) noexcept nogil:
         cdef timespec until
@@ -1149,7 +1152,7 @@ cdef class Extractor(Folders):
         while linkat(from_, first, to, name, 0):
             if errno != EEXIST:
                 return EST_PLACE_LINK
-            if remove_tree(to, name):
+            if self.remove(to, name):
                 return EST_PLACE_REMOVE
         return EST_OK if self.remember(parent, name, -1) else EST_NO_MEMORY
 
@@ -1285,6 +1288,8 @@ cdef class Extractor(Folders):
             if self.node(self.node(i).parent).gone:
                 self.node(i).gone = True
             if self.has_meta(i) and not self.finish_directory(i) and not whatever:
+                return
+            if i % LISTEN_DIRECTORIES == 0 and not self.attend() and not whatever:
                 return
         for i in range(count - 1, -1, -1):
             if self.has_meta(i) and bars_owner(self.meta_of(i)) and not self.close_directory(i) and not whatever:

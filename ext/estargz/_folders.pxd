@@ -7,9 +7,10 @@ from estargz._memory cimport buffer, byte_map
 from estargz._place cimport place_meta, place_rules
 
 cdef enum:
-    NAME_MOST = 255         # bytes of a component: NAME_MAX of every file system
-    WALK_LINK = -1001       # answers beside nodes and codes of status.h
+    NAME_MOST = 255             # bytes of a component: NAME_MAX of every file system
+    WALK_LINK = -1001           # answers beside nodes and codes of status.h
     WALK_MISSING = -1002
+    LISTEN_DIRECTORIES = 256    # how many are gone through between two calls of attend
 
 # A directory that entries are placed in.
 ctypedef struct directory_node:
@@ -56,10 +57,11 @@ cdef class Folders:
     cdef buffer last_parent, listing, climbed, left, spare, long_path
     cdef int64_t last_parent_node
 
-    # For who extends it: waits until no job of a block, or of those before it, is under way; lets signal handlers run.
+    # For who extends it: waits until no job of a block, or of those before it, is under way; lets signal handlers run,
+    # and says whether to go on.
     cdef void wait_through(self, int64_t sequence) noexcept nogil
     cdef void wait_all(self) noexcept nogil
-    cdef void attend(self) noexcept nogil
+    cdef bint attend(self) noexcept nogil
 
     # Node 0. ours: it was made for this.
     cdef int add_root(self, int root, bint ours) noexcept nogil
@@ -88,6 +90,8 @@ cdef class Folders:
     cdef int set_meta(self, int64_t number, const place_meta *meta) noexcept nogil
     # Removes parent/name and all in it. No job for any of that may be under way.
     cdef int drop(self, int64_t parent, const char *name) noexcept nogil
+    # As remove_tree; attends meanwhile.
+    cdef int remove(self, int directory, const char *name) noexcept nogil
     # Empties a directory of what this layer has not put there, at any depth.
     cdef int clear_lower(self, int64_t number) noexcept nogil
     # A handle, good until the next call at least, and as long as jobs of the node's last_block are under way; -1 with

@@ -24,7 +24,7 @@ from estargz._rows cimport (
 )
 
 cdef extern from "place.h" nogil:
-    enum: EST_DIRECTORY, AT_SYMLINK_NOFOLLOW, SEEK_SET
+    enum: EST_DIRECTORY, AT_SYMLINK_NOFOLLOW, SEEK_SET, ECANCELED
     int est_openat(int directory, const char *name, int flags, unsigned int mode)
     int est_unlock_directory(int parent, const char *name)
     bint est_hands_nothing_down(int directory, const struct_stat *status)
@@ -74,8 +74,11 @@ cdef class Folders:
     cdef void wait_all(self) noexcept nogil:
         self.wait_through(INT64_MAX)
 
-    cdef void attend(self) noexcept nogil:
-        pass
+    cdef bint attend(self) noexcept nogil:
+        return True
+
+    cdef int remove(self, int directory, const char *name) noexcept nogil:
+        return remove_tree(directory, name, attend_of, <void *>self)
 
     cdef int count_entry(self) noexcept nogil:
         if self.placed >= self.max_entries:
@@ -271,7 +274,7 @@ cdef class Folders:
                 continue
             if errno != ENOTDIR and errno != ELOOP:     # a directory may be there: no reason to remove it
                 return EST_PLACE_CREATE
-            if remove_tree(directory, name):
+            if self.remove(directory, name):
                 return EST_PLACE_REMOVE
         if self.rules.umask & 0o700 and fchmodat(directory, name, 0o700, AT_SYMLINK_NOFOLLOW):
             return EST_PLACE_META
@@ -352,7 +355,7 @@ cdef class Folders:
         cdef int directory = self.handle_of(parent)
         if directory < 0:
             return EST_PLACE_PARENT
-        if remove_tree(directory, name):
+        if self.remove(directory, name):
             return EST_PLACE_REMOVE
         if child != NULL and child[0] >= 0:
             self.node(child[0]).gone = True
@@ -371,7 +374,9 @@ cdef class Folders:
         while not code and waiting.size:
             waiting.size -= sizeof(int64_t)
             code = self.clear_one((<int64_t *>(waiting.data + waiting.size))[0], &waiting)
-            self.attend()
+            if not code and not self.attend():
+                (&errno)[0] = ECANCELED
+                code = EST_PLACE_REMOVE
         buffer_free(&waiting)
         return code
 
@@ -520,6 +525,14 @@ cdef class Folders:
         else:
             self.oldest = number
         self.newest = number
+
+
+cdef bint attend_of(void *folders) noexcept with gil:
+    cdef Folders who = <Folders>folders
+    cdef bint going
+    with nogil:
+        going = who.attend()
+    return going
 
 
 cdef void unlock(int handle) noexcept nogil:

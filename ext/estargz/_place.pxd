@@ -48,7 +48,11 @@ cdef int place_node(const place_rules *rules, int directory, const char *name, c
 cdef int place_directory(const place_rules *rules, int handle, bint ours, const place_meta *meta,
                          buffer *skipped) noexcept nogil
 
+# Whether to go on with something that takes long.
+ctypedef bint (*going_on)(void *context) noexcept nogil
+
 # Removes directory/name with all below it, however deep, with few handles; 0, or -1 with errno. It may be gone already.
-cdef int remove_tree(int directory, const char *name) noexcept nogil
+# `attend`, if any, is asked every some hundred directories.
+cdef int remove_tree(int directory, const char *name, going_on attend, void *context) noexcept nogil
 # The names in a directory, each with a NUL; 0, or -1 with errno. Without "." and "..".
 cdef int list_names(int handle, buffer *names) noexcept nogil

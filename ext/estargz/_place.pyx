@@ -18,7 +18,7 @@ from estargz._rows cimport EST_PLACE_XATTR
 
 cdef extern from "place.h" nogil:
     enum: EST_DIRECTORY, EST_NEW_FILE, AT_SYMLINK_NOFOLLOW, AT_REMOVEDIR, O_RDONLY, O_DIRECTORY, O_CLOEXEC, DT_DIR
-    enum: ENOTSUP
+    enum: ENOTSUP, ECANCELED
     ctypedef struct est_listed:
         unsigned short size
         unsigned char type
@@ -47,6 +47,7 @@ cdef enum:
     KEY_MOST = 255          # bytes of an attribute's key: XATTR_NAME_MAX
     KEYS_MOST = 1 << 16     # bytes of all keys of a file: XATTR_LIST_MAX
     LISTED_AT_ONCE = 16384
+    ATTEND_EVERY = 512      # steps of a removal, two for a directory
     LEVELS_OPEN = 32        # directories that a removal keeps open on its way down
 
 
@@ -204,7 +205,7 @@ cdef int place_open(const place_rules *rules, int directory, const char *name, b
             return handle
         if errno != EEXIST or tries == TRIES:
             return EST_PLACE_CREATE
-        if remove_tree(directory, name):
+        if remove_tree(directory, name, NULL, NULL):
             return EST_PLACE_REMOVE
         tries += 1
 
@@ -259,7 +260,7 @@ cdef int place_symlink(const place_rules *rules, int directory, const char *name
     while symlinkat(target, directory, name):
         if errno != EEXIST or tries == TRIES:
             return EST_PLACE_CREATE
-        if remove_tree(directory, name):
+        if remove_tree(directory, name, NULL, NULL):
             return EST_PLACE_REMOVE
         tries += 1
     code = set_by_name(rules, directory, name, meta, False, skipped)
@@ -275,7 +276,7 @@ cdef int place_node(const place_rules *rules, int directory, const char *name, c
     while mknodat(directory, name, type | (meta.mode & 0o700), device):
         if errno != EEXIST or tries == TRIES:
             return EST_PLACE_CREATE
-        if remove_tree(directory, name):
+        if remove_tree(directory, name, NULL, NULL):
             return EST_PLACE_REMOVE
         tries += 1
     code = set_by_name(rules, directory, name, meta, True, skipped)
@@ -413,12 +414,18 @@ cdef size_t last_name(const buffer *names) noexcept nogil:
     return at
 
 
-cdef int remove_directory(int directory, const char *name, buffer *levels, buffer *names) noexcept nogil:
+cdef int remove_directory(int directory, const char *name, buffer *levels, buffer *names, going_on attend,
+                          void *context) noexcept nogil:
     cdef level *inner
     cdef int again = 0
+    cdef size_t steps = 0
     if not buffer_append(names, name, strlen(name) + 1) or descend(directory, levels, names, 0):
         return -1
     while levels.size:
+        steps += 1
+        if attend != NULL and steps % ATTEND_EVERY == 0 and not attend(context):
+            (&errno)[0] = ECANCELED
+            return -1
         inner = <level *>(levels.data + levels.size) - 1
         if names.size > inner.inner_at:
             if descend(inner.handle, levels, names, last_name(names)):
@@ -430,7 +437,7 @@ cdef int remove_directory(int directory, const char *name, buffer *levels, buffe
     return 0
 
 
-cdef int remove_tree(int directory, const char *name) noexcept nogil:
+cdef int remove_tree(int directory, const char *name, going_on attend, void *context) noexcept nogil:
     cdef buffer levels
     cdef buffer names
     cdef level *left
@@ -441,7 +448,7 @@ cdef int remove_tree(int directory, const char *name) noexcept nogil:
         return -1
     memset(&levels, 0, sizeof(levels))
     memset(&names, 0, sizeof(names))
-    failed = remove_directory(directory, name, &levels, &names)
+    failed = remove_directory(directory, name, &levels, &names, attend, context)
     kept = errno
     while levels.size:
         left = <level *>(levels.data + levels.size) - 1
