@@ -1181,11 +1181,11 @@ def test_links_on_the_way_are_bounded(scratch: Path) -> None:
     """The steps of all links together, so that no entry takes long."""
     winding = "d/../" * 800
     layer = [item("d/"), symlink("l0", "d")]
-    layer += [symlink(f"l{number}", f"{winding}l{number - 1}") for number in (1, 2)]
-    extract(tar(*layer, item("l1/x", b"1")), scratch / "one")
+    layer += [symlink(f"l{number}", f"{winding}l{number - 1}") for number in range(1, 6)]
+    extract(tar(*layer, item("l4/x", b"1")), scratch / "one")
     assert (scratch / "one" / "d" / "x").read_bytes() == b"1"
-    with pytest.raises(SinkError, match=r"l2/x: .*(?i:too many levels of symbolic links)"):
-        extract(tar(*layer, item("l2/x", b"1")), scratch / "two")
+    with pytest.raises(SinkError, match=r"l5/x: .*(?i:too many levels of symbolic links)"):
+        extract(tar(*layer, item("l5/x", b"1")), scratch / "two")
 
 
 def test_a_directory_that_cannot_be_opened_is_not_removed(scratch: Path) -> None:

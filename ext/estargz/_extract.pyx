@@ -21,7 +21,9 @@ from posix.stat cimport S_IFBLK, S_IFCHR, S_IFIFO, struct_stat
 from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 from posix.unistd cimport close
 
-from estargz._folders cimport LISTEN_DIRECTORIES, NAME_MOST, WALK_LINK, WALK_MISSING, Folders, directory_meta, directory_node, unlock
+from estargz._folders cimport (
+    LISTEN_DIRECTORIES, NAME_MOST, WALK_LINK, WALK_MISSING, Folders, directory_meta, directory_node, unlock,
+)
 from estargz._memory cimport buffer, buffer_append, buffer_free, buffer_reserve, map_free
 from estargz._place cimport (
     SKIP_DEVICE, list_names, place_directory, place_file, place_finish, place_meta, place_node, place_open,

@@ -38,7 +38,7 @@ cdef extern from "place.h" nogil:
 cdef enum:
     LINK_MOST = 4096
     LINKS_MOST = 40                 # on one path, as in the kernel
-    TARGETS_MOST = 4096             # bytes of their targets together: no entry makes many steps
+    TARGETS_MOST = 4 * LINK_MOST    # bytes of their targets together: no entry makes many steps
     NAMES_MOST = 1 << 16            # remembered of a layer that has nothing below it
     XATTRS_MOST = 256 << 20         # bytes of directories' attributes that wait for the end
     IMPLIED_MODE = 0o755            # of a parent that no layer states
