@@ -11,6 +11,7 @@ import re
 import stat
 import subprocess
 import tarfile
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -36,7 +37,7 @@ from estargz.cli import main
 from estargz.errors import BlobError, UsageError, VerificationError
 from estargz.reading import findings, strict
 from estargz.reading.findings import BBOLT, CONTAINERS_STORAGE, FULL_PULL, MEMORY, RUNTIMES
-from estargz.reading.toc_text import read_text
+from estargz.reading.toc_text import TOCText, read_text
 from estargz.reading.verifying import verify
 
 Entries = list[dict[str, Any]]
@@ -466,6 +467,71 @@ def test_text_is_read_alike_in_any_pieces() -> None:
     assert one.twice == [(None, "more"), ("a\ufffd", "k"), (second, "type"), (None, "entries")]
     assert one.folded == [(None, "Version"), ("a\ufffd", "Mode"), (second, "u\u017ferName")]
     assert one.unknown == [(None, "more"), (None, "more"), (second, "x"), (second, "u\u0131d"), (second, "\u212a")]
+
+
+def test_long_entries_are_read_like_short_ones() -> None:
+    """What does not fit into memory's share of an entry is read key by key, with the same outcome."""
+
+    def seen(filler: str) -> TOCText:
+        entry = (
+            f'{{"type":"reg","x":{filler},"x":1,"Mode":3,"name":"old","name":"a","xattrs":{{"k":"","l":"]","k":""}},'
+            f'"y":{filler}}}'
+        )
+        text = f'{{"version":1,"z":{filler},"entries":[{entry},{{"name":"b","q":[]}}]}}'.encode()
+        found = [read_text(iter([text[i : i + size] for i in range(0, len(text), size)])) for size in (70_001, 1 << 20)]
+        assert found[0] == found[1]
+        return found[0]
+
+    short = seen("1")
+    items = ['[[],{"a":"]}"}]', '"\\"[{\\\\"', "1.5e3", "null", '{"\\\\":[[[0]]]}']
+    for filler in (
+        "[" + ",".join(items * 40_000) + "]",
+        '{"a":' * 300_000 + "1" + "}" * 300_000,
+        '"' + '\\"]' * 600_000 + '"',
+        "1" * 1_500_000,
+    ):
+        found = seen(filler)
+        found.array_in_front = False
+        assert found == short
+    assert short.twice == [("a", key) for key in ("x", "name", "k")]
+    assert short.unknown == [(None, "z"), ("a", "x"), ("a", "x"), ("a", "y"), ("b", "q")]
+
+
+@pytest.mark.parametrize("where", ["table", "entry", "xattrs"])
+def test_keys_of_one_object_are_bounded(where: str) -> None:
+    def text(count: int) -> bytes:
+        keys = ",".join(f'"{i}":""' for i in range(count))
+        return {
+            "table": f'{{"version":1,{keys},"entries":[]}}',
+            "entry": f'{{"version":1,"entries":[{{"name":"a",{keys}}}]}}',
+            "xattrs": f'{{"version":1,"entries":[{{"name":"a","xattrs":{{{keys}}}}}]}}',
+        }[where].encode()
+
+    assert read_text(iter([text(9_998)])).version == 1
+    with pytest.raises(BlobError, match="blob: an object has more than 10000 keys"):
+        read_text(iter([text(10_001)]), name="blob")
+
+
+def test_texts_that_are_decoded_are_bounded() -> None:
+    for size, fits in (((1 << 24) - 20, True), ((1 << 24) - 1, False)):
+        text = b'{"version":1,"%s":1,"entries":[]}' % (b"a" * size)
+        for piece in (1 << 20, len(text)):
+            pieces = (text[i : i + piece] for i in range(0, len(text), piece))
+            if fits:
+                assert read_text(pieces).unknown == [(None, "a" * 256 + "...")]
+            else:
+                with pytest.raises(BlobError, match="more than 16777216 characters"):
+                    read_text(pieces)
+
+
+def test_values_of_unknown_keys_cost_no_memory() -> None:
+    text = b'{"version":1,"x":[' + b"[]," * 2_000_000 + b'[]],"entries":[]}'
+    tracemalloc.start()
+    try:
+        assert read_text(text[i : i + (1 << 20)] for i in range(0, len(text), 1 << 20)).array_in_front
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_spelling_by_writers_in_use(peer: Path, tmp_path: Path) -> None:

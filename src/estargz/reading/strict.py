@@ -177,7 +177,7 @@ class Facts:
 
         try:
             with blob_errors():
-                return read_text(pieces())
+                return read_text(pieces(), name=f"{self.blob.name}: TOC")
         except (ValueError, RecursionError) as error:
             raise BlobError(f"{self.blob.name}: TOC: malformed JSON: {error}; build the blob again") from error
 
