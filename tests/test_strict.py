@@ -11,6 +11,7 @@ import re
 import stat
 import subprocess
 import tarfile
+import time
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -446,6 +447,82 @@ def test_many_little_members() -> None:
     ranges = Ranges(assemble(b"".join(members), encode(toc)))
     assert verify(ranges, strict=True).findings == ()
     assert ranges.read < 30_000 * 5000
+
+
+def soft(name: str, target: str) -> tarfile.TarInfo:
+    return link(name, target, tarfile.SYMTYPE)
+
+
+CHAIN = [soft(f"l{i}", f"l{i + 1}") for i in range(60)]
+
+
+@pytest.mark.parametrize(
+    ("entries", "codes"),
+    [
+        ([soft("a", "gone/../f"), ("f", b"")], {"a": "below-symlink"}),
+        ([soft("a", "f/../d"), ("f", b""), ("d/", b"")], {"a": "below-file"}),
+        ([soft("a", "../../d/./"), ("d/", b"")], {"a": "below-symlink"}),
+        ([soft("a", "/d/up/d"), ("d/", b""), soft("d/up", "..")], {"a": "below-symlink"}),
+        ([soft("a", "a/b")], {"a": "below-file"}),
+        ([soft("a", "b"), soft("b", "c"), soft("c", "/b")], {"a": "below-file", "b": "below-file"}),
+        ([soft("a", "gone"), soft("a/b", "f"), ("f", b"")], {"a": "below-symlink", "a/b": "below-symlink"}),
+        ([("d/", b""), soft("a", "d"), soft("a/b", "f"), soft("d/b", "/f"), ("f", b"")],
+         {"a": "below-symlink", "a/b": "below-file"}),
+        ([*CHAIN, soft("a", "l21"), soft("b", "l20")], {"a": "below-symlink", "b": "below-file"}),
+        ([*CHAIN, soft("b", "l20"), soft("a", "l21")], {"a": "below-symlink", "b": "below-file"}),
+        ([soft("d", "."), soft("a", "d/" * 39 + "gone"), soft("b", "d/" * 40 + "gone")],
+         {"a": "below-symlink", "b": "below-file"}),
+    ],
+)  # fmt: skip
+def test_links_with_something_below(entries: list[Any], codes: dict[str, str]) -> None:
+    found = verify(estargz(tar_of(*entries, *((f"{name}/x", b"") for name in codes))), strict=True)
+    assert {f.entry: f.code for f in found.findings if f.code.startswith("below-")} == codes
+
+
+def test_links_with_something_below_agree_with_linux(tmp_path: Path) -> None:
+    """The kernel goes the same ways: what it calls a loop or no directory is blocked, and nothing else."""
+    seen = dict.fromkeys(("below-symlink", "below-file"), 0)
+    for seed in range(60):
+        rng = random.Random(seed)
+        tree = tmp_path / str(seed)
+        tree.mkdir()
+        names = [f"{folder}{name}" for folder in ("", "d/", "d/e/") for name in "abc"]
+        parts = ("a", "b", "c", "d", "e", "f", "gone", "..", ".", "d/e")
+        targets = {name: "/".join(rng.choices(parts, k=rng.randint(1, 4))) for name in names}
+        (tree / "d" / "e").mkdir(parents=True)
+        (tree / "f").touch()
+        for name, target in targets.items():
+            (tree / name).symlink_to(target)
+        # Above the root there is the root: only here, so targets that leave it are left out.
+        wanted = {}
+        for name in names:
+            try:
+                inside = Path(os.path.realpath(tree / name)).is_relative_to(tree)
+                if inside:
+                    wanted[name] = "below-symlink" if stat.S_ISDIR((tree / name).stat().st_mode) else "below-file"
+            except FileNotFoundError:
+                wanted[name] = "below-symlink"
+            except OSError:
+                wanted[name] = "below-file"
+        entries = [("d/", b""), ("d/e/", b""), ("f", b""), *(soft(*item) for item in targets.items())]
+        found = verify(estargz(tar_of(*entries, *((f"{name}/x", b"") for name in wanted))), strict=True, threads=1)
+        codes = {f.entry: f.code for f in found.findings if f.code.startswith("below-")}
+        assert codes == wanted, (seed, targets)
+        for code in codes.values():
+            seen[code] += 1
+    assert min(seen.values()) > 50
+
+
+def test_links_with_long_targets_cost_what_they_are() -> None:
+    """Each of 40 targets is walked once, however many links lead through them."""
+    deep = "d/" * 1000
+    entries = [(deep + "x", b"")]
+    entries += [soft(f"far{i}", deep + "../" * 1000 + f"far{i + 1}") for i in range(36)]  # type: ignore[misc]
+    for i in range(300):
+        entries += [soft(f"l{i}", "far0"), (f"l{i}/x", b"")]  # type: ignore[list-item]
+    before = time.process_time()
+    assert verify(estargz(tar_of(*entries)), strict=True, threads=1).finding_counts["below-symlink"] == 300
+    assert time.process_time() - before < 5
 
 
 # --- the spelling of the JSON

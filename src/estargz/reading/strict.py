@@ -11,12 +11,11 @@ Each check names the source it follows. SS is containerd/stargz-snapshotter, CS 
 from __future__ import annotations
 
 import re
-import stat
 from array import array
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
 from functools import cached_property
 from itertools import pairwise
-from pathlib import PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +38,7 @@ SNAPSHOTTER = (MEMORY, BBOLT)
 LAZY = (MEMORY, BBOLT, CONTAINERS_STORAGE)
 _PIECE = 1 << 20
 _SKIP = 1 << 18
-_LINK_PARTS = 64  # of a link's target that are looked at; longer ones are made up
+_LINKS_MAX = 40  # Linux's own limit of symbolic links on a way
 _NAME_MAX, _PATH_MAX = 255, 4095  # bytes of a component and of a path, Linux
 _CS_TOC_MAX = 150 << 20  # maxTocSize in pkg/chunked/compression_linux.go of containers/storage
 
@@ -488,34 +487,74 @@ def check_parents(facts: Facts) -> Iterator[Finding]:
         yield Finding("note", "no-parent", facts.path(node) + "/", message)
     folders = np.zeros(len(above), bool)
     folders[facts.nodes[facts.kinds == b"dir"]] = True
+    ends = LinkEnds(facts)
     odd = np.unique(above[(above > 0) & ~implied[above] & ~folders[above]])
     for node in odd.tolist():
-        yield _file_as_parent(facts, node)
+        yield _file_as_parent(facts, node, ends)
 
 
-def _file_as_parent(facts: Facts, node: int) -> Finding:
+def _file_as_parent(facts: Facts, node: int, ends: LinkEnds) -> Finding:
     entry = int(facts.last[node])
     kind = facts.kinds[entry].decode()
     name = facts.name(entry)
     if facts.below[0][node] < entry:
         return _directory_and_file(name)
-    if kind == "symlink" and not _is_blocked(facts.blob, name):
+    if kind == "symlink" and ends.find(facts.path(node)) != ends.BLOCKED:
         return Finding("warning", "below-symlink", name, "is a symbolic link, and something lies below it", SNAPSHOTTER)
     return Finding("error", "below-file", name, f"is of type {kind}, and something lies below it", RUNTIMES)
 
 
-def _is_blocked(blob: Blob, name: str) -> bool:
-    """Whether a symbolic link leads to what is no directory, or in a circle; to other layers it may lead."""
-    target = PurePosixPath(name).parent / blob.readlink(name)
-    for path in (name, *map(str, target.parents[:_LINK_PARTS])):
-        try:
-            if not stat.S_ISDIR(blob.stat(path).st_mode):
-                return True
-        except FileNotFoundError:
-            pass
-        except (OSError, BlobError):
-            return True
-    return False
+class LinkEnds:
+    """Where paths lead through symbolic links inside the layer. Each link's target is walked once, whoever comes by it."""
+
+    MISSING = -1  # it may be in another layer
+    BLOCKED = -2  # by what is no directory, a circle or too many links
+
+    def __init__(self, facts: Facts) -> None:
+        self._facts = facts
+        self._ends: dict[int, tuple[int, int]] = {}  # node of a link -> its end, links on the way with itself
+
+    def find(self, path: str) -> int:
+        """The node of the directory that a path leads to, its last part followed too; MISSING, BLOCKED."""
+        # A link is blocked as long as it is not known better: whoever meets it by then goes in a circle. And whoever has
+        # so many links open that it falls out of the deque is blocked by their number.
+        asked = -1
+        self._ends[asked] = self.BLOCKED, 1
+        open_walks = deque([(asked, self._walk(0, path))], maxlen=_LINKS_MAX + 1)
+        while open_walks:
+            link, walk = open_walks[-1]
+            try:
+                met = next(walk)
+            except StopIteration as done:
+                end, links = done.value
+                self._ends[link] = end, links + 1
+                open_walks.pop()
+            else:
+                self._ends[met] = self.BLOCKED, 1
+                target = self._facts.link(int(self._facts.last[met]))
+                parent = 0 if target.startswith("/") else int(self._facts.parents[met])
+                open_walks.append((met, self._walk(parent, target)))
+        return self._ends[asked][0]
+
+    def _walk(self, node: int, path: str) -> Generator[int, None, tuple[int, int]]:
+        """The end and the links on the way. Yields links whose end must be known before it goes on."""
+        facts, links = self._facts, 0
+        for part in map(re.Match.group, re.finditer("[^/]+", path)):
+            if part == "..":
+                node = max(int(facts.parents[node]), 0)
+            elif part != ".":
+                node = facts.blob.toc.tree.find_below(node, part)
+                kind = facts.kinds[facts.last[node]] if node >= 0 and facts.last[node] >= 0 else b"dir"
+                if kind == b"symlink":
+                    if node not in self._ends:
+                        yield node
+                    node, more = self._ends[node]
+                    links += more
+                elif kind != b"dir":
+                    node = self.BLOCKED
+                if node < 0 or links > _LINKS_MAX:
+                    return (self.BLOCKED if links > _LINKS_MAX else node), links
+        return node, links
 
 
 # --------------------------------------------------------------------------------------------------------------------
