@@ -121,7 +121,9 @@ def _parse_leniently(data: bytes, name: str) -> TOC:
 
 
 def _loads(data: bytes, kind: type) -> Any:
-    value = json.loads(go_text(data), object_pairs_hook=_fold, parse_constant=_refuse_constant, parse_float=_Float)
+    value = json.loads(
+        go_text(data), object_pairs_hook=_fold, parse_constant=_refuse_constant, parse_float=_Float, parse_int=_integer
+    )
     if not isinstance(value, kind):
         raise ValueError("not an object" if kind is dict else "not a list of entries")
     return value
@@ -133,6 +135,11 @@ def _malformed(name: str) -> Iterator[None]:
         yield
     except (ValueError, RecursionError) as error:
         raise BlobError(f"{name}: malformed JSON: {error}; the blob is damaged, build it again") from error
+
+
+def _integer(text: str) -> int:
+    """One of thousands of digits is out of every range anyway, and takes its time."""
+    return int(text) if len(text) <= 20 else 1 << 64
 
 
 class _Float(float):
@@ -382,7 +389,9 @@ def load_table(pieces: deque[bytes], toc_offset: int, limits: Limits, *, name: s
 _HEAD = re.compile(rb'\{\n\t"version": ([0-9]{1,9}),\n\t"entries": \[\n\t\t\{')
 _BORDER = b"\n\t\t},\n\t\t{"
 _TAIL = b"\n\t\t}\n\t]\n}"
-_OBJECTS_MOST = 2_000_000  # decoded at a time: a table in another form than Go's is decoded in one
+# Decoded at a time; a table in another form than Go's is decoded in one.
+_OBJECTS_MOST = 1_000_000
+_COMMAS_MOST = 10_000_000
 _decode_entries = msgspec.json.Decoder(list[TOCEntry]).decode
 
 
@@ -427,8 +436,8 @@ def _entries(text: bytes, name: str) -> list[TOCEntry]:
 
 
 def _expect_few_objects(data: bytes, name: str) -> None:
-    """Two bytes of JSON can be an object of some hundred bytes. Braces in names count too: those are few."""
-    if data.count(b"{") > _OBJECTS_MOST:
+    """Two bytes of JSON can be an object of some hundred bytes. What stands in names counts too: that is little."""
+    if data.count(b"{") + data.count(b"[") > _OBJECTS_MOST or data.count(b",") > _COMMAS_MOST:
         raise BlobError(
             f"{name}: over {_OBJECTS_MOST} objects without the line ends that part entries; build the blob again"
         )
