@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,11 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 IS_ROOT = os.geteuid() == 0
+
+# Who runs the tests in the background has these ignored, and every program that a test starts would ignore them too.
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def missing(reason: str) -> None:

@@ -618,15 +618,9 @@ for round in range(60):
 def waiting(tree: Path, code: str, *options: str) -> subprocess.Popen[bytes]:
     """The recorder of a shell that has come to its end of `code`, which makes the file `ready`."""
     command = [*COMMAND, "-o", tree / "list", "--root", tree, *options, "sh", "-c", code]
-    process = subprocess.Popen(command, cwd=tree, start_new_session=True, preexec_fn=heed_signals)
+    process = subprocess.Popen(command, cwd=tree, start_new_session=True)
     wait_for((tree / "ready").exists)
     return process
-
-
-def heed_signals() -> None:
-    """Whoever runs the tests in the background has them ignored, and no shell can trap what it began by ignoring."""
-    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize(
