@@ -6,6 +6,9 @@ EstargzError                the base; ``exit_code`` is what the command line ret
 |   |-- ChangedError        a file grew, shrank or was replaced while it was read
 |   `-- TarError            a malformed or unsupported tar stream
 |-- SinkError               the output could not be written (also an OSError)
+|-- ImageError              a reference, manifest, index or configuration that is missing or malformed
+|-- RegistryError           a registry that refuses or fails (also an OSError)
+|-- UploadBrokenError       an upload that has to begin again from its first byte
 `-- BlobError               a blob that is not what it claims to be
     |-- RangeError          a server that does not give the asked bytes of a blob (also an OSError)
     `-- VerificationError   a digest, size or entry that does not match
@@ -19,10 +22,13 @@ __all__ = [
     "BlobError",
     "ChangedError",
     "EstargzError",
+    "ImageError",
     "RangeError",
+    "RegistryError",
     "SinkError",
     "SourceError",
     "TarError",
+    "UploadBrokenError",
     "UsageError",
     "VerificationError",
 ]
@@ -54,6 +60,29 @@ class TarError(SourceError):
 
 class SinkError(EstargzError, OSError):
     """The output could not be written. ``errno`` is the system's."""
+
+
+class ImageError(EstargzError):
+    """An image that is not there, or whose reference, manifest, index or configuration is malformed."""
+
+
+class RegistryError(EstargzError, OSError):
+    """A registry that refuses or fails.
+
+    method:  of the request that failed last
+    url:     what was asked, without credentials and query
+    status:  the status of its answer; None when there was none
+    code:    the distribution-spec's error code, such as MANIFEST_UNKNOWN; "" when there was none
+    """
+
+    method: str = ""
+    url: str = ""
+    status: int | None = None
+    code: str = ""
+
+
+class UploadBrokenError(EstargzError):
+    """An upload that was lost on the way: the blob has to be written to a new one, from its first byte."""
 
 
 class BlobError(EstargzError):

@@ -1,0 +1,1 @@
+"""Images: references, stores, what an image consists of, and how one becomes another."""

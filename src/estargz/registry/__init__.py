@@ -1,0 +1,1 @@
+"""Registries: credentials, requests, uploads (OCI distribution-spec)."""
