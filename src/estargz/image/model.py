@@ -9,7 +9,6 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 from estargz.errors import ImageError
@@ -20,7 +19,6 @@ MAX_MANIFEST_SIZE = 4 << 20
 """Bytes; what the distribution-spec asks registries to take, and no client needs more."""
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128}")
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 def digest_of(data: bytes) -> str:
@@ -44,8 +42,8 @@ class Descriptor:
     """``sha256:<64 hex digits>`` or ``sha512:<128>``; checked."""
     size: int
     """Bytes, 0 or more."""
-    annotations: Mapping[str, str] = field(default=_NOTHING)
-    raw: Mapping[str, Any] = field(default=_NOTHING, compare=False, repr=False)
+    annotations: Mapping[str, str] = field(default_factory=dict)
+    raw: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     """The object as it was read, with keys such as platform, urls, data, artifactType; empty for one that is new."""
 
     def __post_init__(self) -> None:
