@@ -1,0 +1,168 @@
+"""Names of images, as skopeo writes them: a transport, a place, and which of the images there.
+
+docker://HOST[:PORT]/REPOSITORY[:TAG][@DIGEST]    a registry; without a host, docker.io; without tag and digest, latest
+oci:DIR[:TAG]  oci:DIR[@DIGEST]                   a directory with the OCI layout
+oci-archive:FILE[:TAG]                            the same as a tar
+docker-archive:FILE[:NAME:TAG]                    what "docker save" writes
+dir:DIR                                           one image, its blobs beside its manifest
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Self
+
+from estargz.errors import ImageError, UsageError
+from estargz.image.model import check_digest
+
+__all__ = ["TRANSPORTS", "Reference", "parse_repository"]
+
+TRANSPORTS = ("docker", "oci", "oci-archive", "docker-archive", "dir")
+
+# distribution/reference's grammar, and its limits
+_COMPONENT = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
+_REPOSITORY = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
+_LABEL = r"(?:[A-Za-z0-9]|[A-Za-z0-9][A-Za-z0-9-]*[A-Za-z0-9])"
+_HOST = re.compile(rf"(?:{_LABEL}(?:\.{_LABEL})*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{{1,5}})?")
+_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+_MAX_NAME = 255
+
+DOCKER_HUB = "docker.io"
+_HUB_ALIASES = {"index.docker.io", "registry-1.docker.io"}
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """One image, or the place for one. Make it by ``parse``, which checks it."""
+
+    transport: str
+    """One of TRANSPORTS."""
+    path: str = ""
+    """Of the directory or file; empty for a registry."""
+    host: str = ""
+    """Of the registry, with its port; empty elsewhere."""
+    repository: str = ""
+    """Of the registry; or the name in a docker-archive."""
+    tag: str | None = None
+    """What the image is called there. A registry's is ``latest`` where neither tag nor digest were given."""
+    digest: str | None = None
+    """Of the manifest or index; it decides where both are given."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The reference that a text means. Raises UsageError, which says what is wrong with it."""
+        transport, colon, rest = text.partition(":")
+        if not colon or transport not in TRANSPORTS:
+            hint = f"; is docker://{text} meant?" if _looks_like_repository(text) else ""
+            forms = "docker://HOST/NAME:TAG, oci:DIR:TAG, oci-archive:FILE:TAG, docker-archive:FILE:NAME:TAG, dir:DIR"
+            raise UsageError(f"{text!r} names no image: write {forms}{hint}")
+        try:
+            return cls._of(transport, rest)
+        except (ValueError, ImageError) as error:
+            raise UsageError(f"{text!r} names no image: {error}") from None
+
+    @classmethod
+    def _of(cls, transport: str, rest: str) -> Self:
+        if transport == "docker":
+            if not rest.startswith("//"):
+                raise ValueError("a registry is written docker://HOST/NAME:TAG")
+            return cls(transport, **parse_repository(rest[2:]))
+        if not rest or "\0" in rest:
+            raise ValueError("a path is missing")
+        if transport == "dir":
+            return cls(transport, path=rest)
+        path, _, name = rest.partition(":")  # as skopeo: paths with a colon cannot be named
+        digest = None
+        if transport == "oci" and not name and "@" in path:
+            path, _, digest = rest.partition("@")
+        elif transport == "oci" and "@" in rest:
+            path, _, digest = rest.partition("@")
+            name = ""
+        if not path:
+            raise ValueError("a path is missing")
+        if digest is not None:
+            return cls(transport, path=path, digest=check_digest(digest))
+        if transport == "docker-archive":
+            return cls(transport, path=path, **(_archive_name(name) if name else {}))
+        return cls(transport, path=path, tag=_layout_tag(name) if name else None)
+
+    @property
+    def name(self) -> str:
+        """What a registry or an archive calls the image: HOST/REPOSITORY:TAG@DIGEST."""
+        place = f"{self.host}/{self.repository}" if self.host else self.repository
+        return place + (f":{self.tag}" if self.tag else "") + (f"@{self.digest}" if self.digest else "")
+
+    def __str__(self) -> str:
+        if self.transport == "docker":
+            return f"docker://{self.name}"
+        if self.transport == "docker-archive":
+            return f"{self.transport}:{self.path}" + (f":{self.name}" if self.repository else "")
+        suffix = f"@{self.digest}" if self.digest else f":{self.tag}" if self.tag else ""
+        return f"{self.transport}:{self.path}{suffix}"
+
+
+def parse_repository(text: str) -> dict[str, Any]:
+    """Host, repository, tag and digest of ``[HOST/]NAME[:TAG][@DIGEST]`` as docker reads it. Raises ValueError, ImageError."""
+    rest, at, digest = text.partition("@")
+    first, slash, behind = rest.partition("/")
+    if slash and (first == "localhost" or "." in first or ":" in first or first != first.lower()):
+        host, rest = first, behind
+    else:
+        host = DOCKER_HUB
+    # A colon behind the last slash begins a tag.
+    last = rest.rpartition("/")[2]
+    tag = None
+    if ":" in last:
+        rest, _, tag = rest.rpartition(":")
+    if not _HOST.fullmatch(host) or _port(host) > 65535:
+        raise ValueError(f"{host!r} is no host")
+    if host in _HUB_ALIASES:
+        host = DOCKER_HUB
+    if host == DOCKER_HUB and "/" not in rest:
+        rest = f"library/{rest}"
+    if not _REPOSITORY.fullmatch(rest):
+        raise ValueError(
+            f"{rest!r} is no repository: small letters, digits, and . _ - between them, components parted by /"
+        )
+    if len(host) + 1 + len(rest) > _MAX_NAME:
+        raise ValueError(f"the name is longer than {_MAX_NAME} characters")
+    if tag is not None and not _TAG.fullmatch(tag):
+        raise ValueError(f"{tag!r} is no tag: at most 128 letters, digits and . _ -")
+    if at:
+        check_digest(digest)
+    if tag is None and not at:
+        tag = "latest"
+    return {"host": host, "repository": rest, "tag": tag, "digest": digest if at else None}
+
+
+def _port(host: str) -> int:
+    match = re.search(r":([0-9]+)$", host)
+    return int(match[1]) if match else 0
+
+
+def _archive_name(text: str) -> dict[str, Any]:
+    parsed = parse_repository(text)
+    if parsed["digest"] is not None:
+        raise ValueError("images of an archive have no digests to be named by")
+    if parsed["host"] == DOCKER_HUB:
+        return {"repository": str(parsed["repository"]).removeprefix("library/"), "tag": parsed["tag"]}
+    return {"repository": f"{parsed['host']}/{parsed['repository']}", "tag": parsed["tag"]}
+
+
+def _layout_tag(text: str) -> str:
+    """org.opencontainers.image.ref.name may be more than a tag; image-spec, annotations.md, has its grammar."""
+    component = r"[A-Za-z0-9]+(?:(?:[-._:@+]|--)[A-Za-z0-9]+)*"
+    if len(text) > _MAX_NAME or not re.fullmatch(rf"{component}(?:/{component})*", text):
+        raise ValueError(
+            f"{text!r} is no name for an image of a layout: letters and digits, and - . _ : @ + / between them"
+        )
+    return text
+
+
+def _looks_like_repository(text: str) -> bool:
+    try:
+        parse_repository(text.removeprefix("//"))
+    except (ValueError, ImageError):
+        return False
+    return True
