@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from estargz.image.model import Descriptor
+from estargz.errors import ImageError, UsageError, VerificationError
+from estargz.image.model import MAX_MANIFEST_SIZE, Descriptor
+from estargz.image.reference import Reference
 
-__all__ = ["BlobReader", "BlobUpload", "ImageSource", "ImageTarget"]
+if TYPE_CHECKING:
+    from estargz.registry.client import Registries
+
+__all__ = [
+    "BlobReader",
+    "BlobUpload",
+    "ImageSource",
+    "ImageTarget",
+    "VerifyingReader",
+    "open_source",
+    "open_target",
+    "read_small",
+]
 
 
 class BlobReader(Protocol):
@@ -73,6 +88,7 @@ class ImageTarget(Protocol):
     """A place that an image is written to; its methods may be called from several threads."""
 
     name: str  # the reference, for messages
+    remote: bool  # whether bytes take their time to get there
 
     def has(self, descriptor: Descriptor) -> bool:
         """Whether the blob or manifest is there."""
@@ -96,3 +112,120 @@ class ImageTarget(Protocol):
 
     def close(self) -> None:
         """Frees what was used; drops what ``finish`` has not made."""
+
+
+class VerifyingReader:
+    """A BlobReader over any object with ``read``, which it closes."""
+
+    def __init__(self, readable: Any, descriptor: Descriptor, name: str) -> None:
+        self.name = name
+        self._readable = readable
+        self._descriptor = descriptor
+        self._left = descriptor.size
+        self._hash = hashlib.new(descriptor.digest.partition(":")[0])
+        self._checked = False
+
+    def read(self, size: int, /) -> bytes:
+        if self._left == 0:
+            self._check_end()
+            return b""
+        data: bytes = self._readable.read(min(size, self._left) if size >= 0 else self._left)
+        if not data and size:
+            raise self._error(f"ends after {self._descriptor.size - self._left} of {self._descriptor.size} bytes")
+        self._hash.update(data)
+        self._left -= len(data)
+        return data
+
+    def _check_end(self) -> None:
+        if self._checked:
+            return
+        if self._readable.read(1):
+            raise self._error(f"has more than the {self._descriptor.size} bytes that its descriptor states")
+        found = f"{self._hash.name}:{self._hash.hexdigest()}"
+        if found != self._descriptor.digest:
+            raise self._error(f"has the digest {found}")
+        self._checked = True
+
+    def _error(self, what: str) -> VerificationError:
+        return VerificationError(f"{self.name}: blob {self._descriptor.digest} {what}; it is damaged, fetch it again")
+
+    def close(self) -> None:
+        self._readable.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_small(reader: BlobReader, descriptor: Descriptor) -> bytes:
+    """A whole manifest, index or configuration, checked. Raises ImageError for one that is larger than these are."""
+    with reader:
+        if descriptor.size > MAX_MANIFEST_SIZE:
+            raise ImageError(
+                f"{reader.name}: {descriptor.digest} has {descriptor.size} bytes, over the limit of {MAX_MANIFEST_SIZE}"
+            )
+        parts = []
+        while part := reader.read(1 << 20):
+            parts.append(part)
+        return b"".join(parts)
+
+
+def open_source(reference: Reference, registries: Registries | None = None) -> ImageSource:
+    """The place that a reference names, to read from. ``registries``: connections and credentials to use.
+
+    Raises ImageError when nothing is there.
+    """
+    if reference.transport == "docker":
+        return _registries(registries).repository(reference)
+    if reference.transport == "oci":
+        from estargz.image.layout import Layout
+
+        return Layout.open(reference)
+    if reference.transport == "dir":
+        from estargz.image.directory import Directory
+
+        return Directory.open(reference)
+    from estargz.image.archive import open_archive
+
+    return open_archive(reference)
+
+
+def open_target(
+    reference: Reference,
+    registries: Registries | None = None,
+    *,
+    names: Sequence[str] = (),
+    descriptor: int | None = None,
+) -> ImageTarget:
+    """The place that a reference names, to write to. ``names``: what a layout or archive is to call the image besides its
+    reference, as HOST/REPOSITORY:TAG. ``descriptor``: an archive is written to this one instead of its path.
+
+    Raises UsageError for a place that cannot be written to, SinkError when that fails.
+    """
+    if reference.digest is not None:
+        raise UsageError(f"{reference}: a digest follows from the content; name a tag to write to")
+    if reference.transport == "docker":
+        return _registries(registries).repository(reference)
+    if reference.transport == "oci":
+        from estargz.image.layout import Layout
+
+        return Layout.create(reference, names)
+    if reference.transport == "dir":
+        from estargz.image.directory import Directory
+
+        return Directory.create(reference)
+    from estargz.image.archive import ArchiveTarget
+
+    return ArchiveTarget(reference, names, descriptor)
+
+
+def _registries(registries: Registries | None) -> Registries:
+    if registries is not None:
+        return registries
+    from estargz.registry.client import Registries as Fresh
+
+    return Fresh()
