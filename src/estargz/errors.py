@@ -9,6 +9,7 @@ EstargzError                the base; ``exit_code`` is what the command line ret
 |-- ImageError              a reference, manifest, index or configuration that is missing or malformed
 |-- RegistryError           a registry that refuses or fails (also an OSError)
 |-- UploadBrokenError       an upload that has to begin again from its first byte
+|-- CacheError              a cache of layers that cannot be used, though they can be made without it
 `-- BlobError               a blob that is not what it claims to be
     |-- RangeError          a server that does not give the asked bytes of a blob (also an OSError)
     `-- VerificationError   a digest, size or entry that does not match
@@ -20,6 +21,7 @@ import os
 
 __all__ = [
     "BlobError",
+    "CacheError",
     "ChangedError",
     "EstargzError",
     "ImageError",
@@ -83,6 +85,10 @@ class RegistryError(EstargzError, OSError):
 
 class UploadBrokenError(EstargzError):
     """An upload that was lost on the way: the blob has to be written to a new one, from its first byte."""
+
+
+class CacheError(EstargzError):
+    """A cache of layers that cannot be opened or written to. Whatever it was to be asked for can be made without it."""
 
 
 class BlobError(EstargzError):
