@@ -1,26 +1,46 @@
-"""oci:DIR, a directory with the OCI layout (image-spec, image-layout.md)."""
+"""oci:DIR, a directory with the OCI layout (image-spec, image-layout.md); and directories that hold blobs in general."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
 import io
-import json
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from estargz.errors import ImageError, SinkError, SourceError, VerificationError
-from estargz.image.model import MAX_MANIFEST_SIZE, OCI_INDEX, Descriptor, Index, digest_of, encode
+from estargz.image.model import (
+    MAX_MANIFEST_SIZE,
+    OCI_INDEX,
+    Descriptor,
+    Index,
+    decode,
+    digest_of,
+    encode,
+    guess_media_type,
+)
 from estargz.image.reference import Reference
-from estargz.image.store import BlobReader, ImageSource, VerifyingReader, read_small
+from estargz.image.store import BlobReader, VerifyingReader, read_small
 from estargz.writing.sink import PathSink
 
-__all__ = ["IMAGE_NAME", "LAYOUT_FILE", "REF_NAME", "BlobFolder", "FolderUpload", "Layout", "copy_blob", "pick"]
+__all__ = [
+    "IMAGE_NAME",
+    "LAYOUT_FILE",
+    "REF_NAME",
+    "BlobFolder",
+    "FolderUpload",
+    "Layout",
+    "copy_blob",
+    "create_layout",
+    "named_entries",
+    "open_layout",
+    "pick",
+]
 
 LAYOUT_FILE = b'{"imageLayoutVersion":"1.0.0"}'
 REF_NAME = "org.opencontainers.image.ref.name"
@@ -30,21 +50,25 @@ _PIECE = 1 << 20
 
 
 class BlobFolder:
-    """Blobs in a directory, each in blobs/ALGORITHM/HEX."""
+    """Blobs in a directory, each in blobs/ALGORITHM/HEX. They appear whole and durable, or not at all."""
 
     def __init__(self, directory: Path, name: str) -> None:
         self.directory = directory
         self.name = name
 
     def path(self, digest: str) -> Path:
+        """Where a blob lies; ``digest`` was checked."""
         algorithm, _, encoded = digest.partition(":")
         return self.directory / "blobs" / algorithm / encoded
 
     def has(self, descriptor: Descriptor) -> bool:
+        """Whether there is a file of that digest and size; what it holds is checked when it is read."""
         try:
             status = os.lstat(self.path(descriptor.digest))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
+        except OSError as error:
+            raise SourceError(f"{self.name}: cannot be examined: {error.strerror}; check its rights") from error
         return stat.S_ISREG(status.st_mode) and status.st_size == descriptor.size
 
     def open_file(self, descriptor: Descriptor) -> io.FileIO:
@@ -52,7 +76,7 @@ class BlobFolder:
         path = self.path(descriptor.digest)
         try:
             handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise ImageError(f"{self.name}: blob {descriptor.digest} is missing; copy the image again") from None
         except OSError as error:
             raise SourceError(f"{path}: cannot be opened: {error.strerror}; check its rights") from error
@@ -66,20 +90,23 @@ class BlobFolder:
         return file
 
     def open(self, descriptor: Descriptor) -> BlobReader:
+        """The blob from its start, checked as it is read."""
         return VerifyingReader(self.open_file(descriptor), descriptor, self.name)
 
     def read_at(self, descriptor: Descriptor, offset: int, size: int) -> bytes:
+        """Some bytes, not checked."""
         with self.open_file(descriptor) as file:
             return os.pread(file.fileno(), size, offset)
 
     def upload(self) -> FolderUpload:
+        """A blob whose digest is not known yet."""
         return FolderUpload(self)
 
     def link(self, descriptor: Descriptor, source: object) -> bool:
-        """Takes a blob from another such directory by a hard link, its bytes checked first."""
+        """Takes a blob from another such directory by a hard link, its bytes checked first; False where that cannot be."""
         if self.has(descriptor):
             return True
-        if not isinstance(source, BlobFolder):
+        if not isinstance(source, BlobFolder) or not source.has(descriptor):
             return False
         with source.open(descriptor) as reader:
             while reader.read(_PIECE):
@@ -88,6 +115,7 @@ class BlobFolder:
         make_folder(target.parent)
         try:
             os.link(source.path(descriptor.digest), target, follow_symlinks=False)
+            _sync_folder(target.parent)
         except FileExistsError:
             return self.has(descriptor)
         except OSError as error:
@@ -97,6 +125,7 @@ class BlobFolder:
         return True
 
     def put(self, descriptor: Descriptor, open: Callable[[], BlobReader]) -> None:
+        """A blob that can be read again; nothing is read when it is there."""
         if not self.has(descriptor):
             copy_blob(descriptor, open, self.upload)
 
@@ -119,10 +148,19 @@ def copy_blob(descriptor: Descriptor, open: Callable[[], BlobReader], upload: Ca
 
 
 def make_folder(folder: Path) -> None:
+    """Makes a directory and those above it, where they are not there. Raises SinkError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SinkError(f"{folder}: cannot be made: {error.strerror}; check the path and its rights") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 class FolderUpload:
@@ -130,31 +168,36 @@ class FolderUpload:
 
     def __init__(self, folder: BlobFolder) -> None:
         self._folder = folder
-        parent = folder.path("sha256:0").parent
+        parent = folder.path("sha256:").parent
         make_folder(parent)
-        self._sink: PathSink | None = PathSink(parent / "upload")
-        self._size = 0
+        # The name is a place holder, until the digest is known.
+        self._sink: PathSink | None = PathSink(parent / f".{os.urandom(8).hex()}.tmp")
+
+    def _open(self) -> PathSink:
+        if self._sink is None:
+            raise SinkError(f"{self._folder.name}: the upload is over; begin another")
+        return self._sink
 
     @property
     def target(self) -> int:
-        """The descriptor, for kernels to write to without Python."""
-        assert self._sink is not None
-        return self._sink.fd
+        """The descriptor, for kernels to write to without Python in between."""
+        return self._open().fd
 
     def write(self, data: bytes, /) -> int:
-        assert self._sink is not None
-        self._size += len(data)
-        return self._sink.write(data)
+        return self._open().write(data)
 
     def commit(self, digest: str, size: int) -> None:
-        assert self._sink is not None
-        if os.fstat(self._sink.fd).st_size != size:
-            raise VerificationError(f"{self._folder.name}: blob {digest} was to have {size} bytes, and {self._size} came")
+        """Gives the blob its name. The digest is the writer's word; the size is compared."""
+        found = os.fstat(self.target).st_size
+        if found != size:
+            raise VerificationError(f"{self._folder.name}: blob {digest} has {found} bytes, not {size}; write it again")
+        path = self._folder.path(Descriptor("", digest, size).digest)
         if self._folder.has(Descriptor("", digest, size)):
             self.abort()
             return
-        self._sink.path = self._folder.path(digest)
-        sink, self._sink = self._sink, None
+        make_folder(path.parent)
+        sink, self._sink = self._open(), None
+        sink.path = path
         sink.commit()
 
     def abort(self) -> None:
@@ -172,7 +215,10 @@ class FolderUpload:
 
 
 class Layout(BlobFolder):
-    """ImageSource and ImageTarget of ``oci:DIR[:TAG]``. Several processes may add images at the same time."""
+    """ImageSource and ImageTarget of ``oci:DIR[:TAG]``. Several processes may add images at the same time.
+
+    Made by ``open_layout`` or ``create_layout``.
+    """
 
     remote = False
 
@@ -181,47 +227,39 @@ class Layout(BlobFolder):
         self._reference = reference
         self._names = names
 
-    @classmethod
-    def open(cls, reference: Reference) -> Layout:  # type: ignore[override]
-        """A layout that exists. Raises ImageError."""
-        layout = _Opened(reference)
-        text = layout._document("oci-layout")
-        if text is None:
-            raise ImageError(f"{reference.path} is no OCI layout: it has no file oci-layout; check the path")
-        if not str(_object(text, f"{reference.path}/oci-layout").get("imageLayoutVersion", "")).startswith("1."):
-            raise ImageError(f"{reference.path}: its OCI layout is not of version 1, which is all that is known here")
-        return layout
-
-    @classmethod
-    def create(cls, reference: Reference, names: Sequence[str] = ()) -> Layout:
-        """A layout that may exist already. Raises SinkError."""
-        return _Opened(reference, names)
-
     def resolve(self) -> Descriptor:
+        wanted = self._reference.digest
         entries = self._index().manifests
-        return pick(entries, self._reference, self.name)
+        if wanted is None:
+            return pick(entries, self._reference.tag, self.name)
+        return next((entry for entry in entries if entry.digest == wanted), None) or self._unlisted(wanted)
+
+    def _unlisted(self, digest: str) -> Descriptor:
+        """A manifest that an index of the layout leads to, not the layout's own."""
+        try:
+            size = os.lstat(self.path(digest)).st_size
+        except OSError:
+            raise ImageError(f"{self.name}: there is no {digest}; look into index.json for what there is") from None
+        data = self.read(Descriptor("", digest, size))
+        return Descriptor(guess_media_type(data, f"{self.name}: {digest}"), digest, size)
 
     def read(self, descriptor: Descriptor) -> bytes:
-        return read_small(BlobFolder.open(self, descriptor), descriptor)
+        return read_small(self.open(descriptor), descriptor)
 
     def put_manifest(self, media_type: str, data: bytes, tags: Sequence[str] = ()) -> Descriptor:
         return Descriptor(media_type, self.write(data), len(data))
 
     def finish(self, root: Descriptor) -> None:
-        make_folder(self.directory)
+        """Adds the image to index.json. What had one of its names before is no longer listed."""
         with self._locked():
             index = self._index()
             entries = named_entries(root, self._reference.tag, self._names)
-            named = {entry["annotations"].get(REF_NAME) for entry in entries if "annotations" in entry}
-            others = [
-                entry.document()
-                for entry in index.manifests
-                if entry.annotations.get(REF_NAME) not in named
-                and not (entry.digest == root.digest and REF_NAME not in entry.annotations)
-            ]
-            document = {**index.raw, "schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [*others, *entries]}
+            others = [old for old in index.manifests if not any(_replaces(new, old) for new in entries)]
+            known = {"schemaVersion": 2, "mediaType": OCI_INDEX}
+            document = {**known, **index.raw, "manifests": [entry.document() for entry in (*others, *entries)]}
+            if self._document("oci-layout") is None:
+                self._replace("oci-layout", LAYOUT_FILE)
             self._replace("index.json", encode(document))
-            self._replace("oci-layout", LAYOUT_FILE)
 
     def close(self) -> None:
         pass
@@ -236,12 +274,21 @@ class Layout(BlobFolder):
         path = self.directory / name
         try:
             with path.open("rb") as file:
-                text = file.read(MAX_MANIFEST_SIZE + 1)
+                return file.read(MAX_MANIFEST_SIZE + 1)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             raise SourceError(f"{path}: cannot be read: {error.strerror}; check its rights") from error
-        return text
+
+    def check_version(self) -> bool:
+        """Whether this is a layout already. Raises ImageError for one that is not known here."""
+        text = self._document("oci-layout")
+        if text is None:
+            return False
+        version = decode(text, f"{self.directory}/oci-layout").get("imageLayoutVersion")
+        if not str(version).startswith("1."):
+            raise ImageError(f"{self.directory}: its OCI layout has version {version!r:.100}; only 1 is known here")
+        return True
 
     def _replace(self, name: str, text: bytes) -> None:
         with PathSink(self.directory / name) as sink:
@@ -249,6 +296,7 @@ class Layout(BlobFolder):
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
+        make_folder(self.directory)
         handle = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
@@ -257,8 +305,56 @@ class Layout(BlobFolder):
             os.close(handle)
 
 
-class _Opened(Layout):
-    """A Layout whose ``open`` is of blobs."""
+def open_layout(reference: Reference) -> Layout:
+    """A layout that exists, to read from. Raises ImageError."""
+    layout = Layout(reference)
+    if not layout.check_version():
+        raise ImageError(f"{reference.path} is no OCI layout: it has no file oci-layout; check the path")
+    return layout
 
-    def open(self, descriptor: Descriptor) -> BlobReader:  # type: ignore[override]
-        return BlobFolder.open(self, descriptor)
+
+def create_layout(reference: Reference, names: Sequence[str] = ()) -> Layout:
+    """A layout to add an image to, which is made where there is none. ``names``: HOST/REPOSITORY:TAG, besides the tag.
+
+    Raises ImageError for a directory that is something else.
+    """
+    layout = Layout(reference, names)
+    if not layout.check_version() and os.path.lexists(layout.directory / "index.json"):
+        raise ImageError(f"{reference.path} is no OCI layout, but has an index.json; choose another directory")
+    return layout
+
+
+def pick(entries: Sequence[Descriptor], tag: str | None, name: str) -> Descriptor:
+    """The image that a layout's index has under a name, or its only one. ``name``: of the layout, for messages.
+
+    Raises ImageError when there is none, or more than one.
+    """
+    found = [entry for entry in entries if tag is None or tag in _names_of(entry)]
+    if len({entry.digest for entry in found}) == 1:
+        return found[0]
+    there = ", ".join(sorted({called for entry in entries for called in _names_of(entry)})) or "none with a name"
+    what = "has no such image" if not found else "has several images"
+    raise ImageError(f"{name}: {what}; give the name of one, or @ and its digest (there are: {there:.500})")
+
+
+def _names_of(entry: Descriptor) -> list[str]:
+    return [entry.annotations[key] for key in (REF_NAME, IMAGE_NAME) if entry.annotations.get(key)]
+
+
+def _replaces(new: Descriptor, old: Descriptor) -> bool:
+    """Whether a new entry of an index takes the old one's place: they are called the same, or are the same without name."""
+    if not _names_of(old):
+        return new.digest == old.digest
+    key = IMAGE_NAME if IMAGE_NAME in new.annotations and IMAGE_NAME in old.annotations else REF_NAME
+    return key in new.annotations and new.annotations[key] == old.annotations.get(key)
+
+
+def named_entries(root: Descriptor, tag: str | None, names: Sequence[str]) -> list[Descriptor]:
+    """An image's entries in the index of a layout: one for each of its names (HOST/REPOSITORY:TAG) and for its tag there."""
+    called = [{IMAGE_NAME: name, REF_NAME: name.rpartition("/")[2].rpartition(":")[2]} for name in dict.fromkeys(names)]
+    if tag is not None and all(tag not in annotations.values() for annotations in called):
+        called.insert(0, {REF_NAME: tag})
+    return [
+        Descriptor(root.media_type, root.digest, root.size, {**root.annotations, **annotations}, root.raw)
+        for annotations in called or [{}]
+    ]

@@ -22,8 +22,10 @@ __all__ = [
     "Manifest",
     "Platform",
     "check_digest",
+    "decode",
     "digest_of",
     "encode",
+    "guess_media_type",
     "is_foreign_layer",
     "is_image_config",
     "is_index",
@@ -67,6 +69,7 @@ _COUNTERPARTS = {
     _OCI_LAYER: _DOCKER_LAYER,
     f"{_OCI_LAYER}+gzip": f"{_DOCKER_LAYER}.gzip",
     f"{_OCI_LAYER}+zstd": f"{_DOCKER_LAYER}.zstd",
+    _OCI_FOREIGN: _DOCKER_FOREIGN,
     f"{_OCI_FOREIGN}+gzip": f"{_DOCKER_FOREIGN}.gzip",
 }
 
@@ -148,23 +151,27 @@ def encode(document: Mapping[str, Any], *, indent: int | None = 2) -> bytes:
     """A document as JSON, keys in their order. Manifests are indented by two spaces, as BuildKit's are; configurations, by
     ``indent=None``, are compact."""
     separators = (",", ":") if indent is None else (",", ": ")
-    return json.dumps(document, ensure_ascii=False, indent=indent, separators=separators).encode(
-        "utf-8", "surrogatepass"
-    )
+    try:
+        return json.dumps(document, ensure_ascii=False, indent=indent, separators=separators).encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON may have and UTF-8 may not
+        return json.dumps(document, indent=indent, separators=separators).encode()
 
 
-def decode(data: bytes, what: str) -> dict[str, Any]:
-    """An object of a document. Of a key that stands twice the last counts, as in Go. Raises ImageError."""
+def decode(data: bytes, what: str, kind: type = dict) -> Any:
+    """An object, or an array, that is a document. Of a key that stands twice the last counts, as in Go. Raises ImageError."""
     if len(data) > MAX_MANIFEST_SIZE:
         raise ImageError(f"{what} has {len(data)} bytes, over the limit of {MAX_MANIFEST_SIZE}")
     try:
         document = json.loads(data.decode("utf-8"), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise ImageError(f"{what} is no JSON: {error}") from None
-    if not isinstance(document, dict):
-        raise ImageError(f"{what} is no JSON object")
+    if not isinstance(document, kind):
+        raise ImageError(f"{what} is no JSON {_KINDS[kind]}")
     _check_depth(document, what)
     return document
+
+
+_KINDS = {str: "string", int: "number", list: "array", dict: "object"}
 
 
 def _no_constant(name: str) -> Any:
@@ -190,8 +197,7 @@ def _typed(document: Mapping[str, Any], key: str, kind: type, what: str, default
     if value is None:
         return default
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        names = {str: "string", int: "number", list: "array", dict: "object"}
-        raise ImageError(f"{what}: {key} is not a JSON {names[kind]}")
+        raise ImageError(f"{what}: {key} is no JSON {_KINDS[kind]}")
     return value
 
 
@@ -218,9 +224,13 @@ _ARCHITECTURES = {
     "x86_64": ("amd64", ""),
     "x86-64": ("amd64", ""),
     "i386": ("386", ""),
+    "i686": ("386", ""),
     "aarch64": ("arm64", ""),
     "armhf": ("arm", "v7"),
+    "armv7l": ("arm", "v7"),
     "armel": ("arm", "v6"),
+    "armv6l": ("arm", "v6"),
+    "loongarch64": ("loong64", ""),
 }
 
 
@@ -351,9 +361,9 @@ class Manifest:
     def parse(cls, data: bytes, media_type: str, what: str = "the manifest") -> Self:
         """Raises ImageError for what is no manifest of OCI's or Docker's schema 2."""
         document = decode(data, what)
-        _check_type(document, media_type, what)
-        if "layers" not in document and "fsLayers" in document:
-            raise ImageError(f"{what} is of Docker's schema 1; have its registry or skopeo convert it to OCI")
+        if not is_manifest(media_type):
+            raise ImageError(f"{what} is of type {media_type[:200]!r}, which is no manifest's")
+        _check_kind(document, media_type, what, foreign=("manifests", "fsLayers"))
         subject = _typed(document, "subject", dict, what)
         layers = _list(document, "layers", dict, MAX_LAYERS, what)
         return cls(
@@ -390,7 +400,9 @@ class Index:
     def parse(cls, data: bytes, media_type: str, what: str = "the index") -> Self:
         """Raises ImageError for what is no index of OCI's, and no list of Docker's."""
         document = decode(data, what)
-        _check_type(document, media_type, what)
+        if not is_index(media_type):
+            raise ImageError(f"{what} is of type {media_type[:200]!r}, which is no index's")
+        _check_kind(document, media_type, what, foreign=("config", "layers", "fsLayers"))
         subject = _typed(document, "subject", dict, what)
         manifests = _list(document, "manifests", dict, MAX_MANIFESTS, what)
         return cls(
@@ -460,9 +472,37 @@ class ImageConfig:
         return document
 
 
-def _check_type(document: Mapping[str, Any], media_type: str, what: str) -> None:
-    stated = _typed(document, "mediaType", str, what, media_type)
-    if stated != media_type:
+_KEYS = {
+    key.lower(): key
+    for key in ("schemaVersion", "mediaType", "config", "layers", "manifests", "fsLayers", "subject", "annotations")
+}
+
+
+def guess_media_type(data: bytes, what: str) -> str:
+    """Of a manifest or index that nothing says the type of: what it states itself, or is by its keys. Raises ImageError."""
+    document = decode(data, what)
+    stated: str = _typed(document, "mediaType", str, what, "")
+    if stated:
+        return stated
+    if "manifests" in document:
+        return OCI_INDEX
+    config = _typed(document, "config", dict, what, {})
+    return DOCKER_MANIFEST if config.get("mediaType") == DOCKER_CONFIG else OCI_MANIFEST
+
+
+def _check_kind(document: Mapping[str, Any], media_type: str, what: str, *, foreign: Sequence[str]) -> None:
+    """Refuses what others may take for a document of another kind, and so see another image behind the same digest.
+
+    Go's decoder does not mind in which case keys are written.
+    """
+    if _typed(document, "schemaVersion", int, what, 2) == 1:
+        raise ImageError(f"{what} is of Docker's schema 1; have its registry or skopeo convert it to OCI")
+    for key, value in document.items():
+        written = _KEYS.get(key.lower(), key)
+        if written != key or (written in foreign and value is not None):
+            raise ImageError(f"{what} is ambiguous: for {media_type} it must not have {key!r}; make the image again")
+    stated = _typed(document, "mediaType", str, what, "")
+    if stated and stated != media_type:
         raise ImageError(f"{what} says that it is {stated[:200]!r}, and was stored as {media_type!r}")
 
 

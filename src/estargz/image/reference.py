@@ -16,7 +16,7 @@ from typing import Any, Self
 from estargz.errors import ImageError, UsageError
 from estargz.image.model import check_digest
 
-__all__ = ["TRANSPORTS", "Reference", "parse_repository"]
+__all__ = ["TRANSPORTS", "Reference", "familiar_name", "full_name", "parse_repository"]
 
 TRANSPORTS = ("docker", "oci", "oci-archive", "docker-archive", "dir")
 
@@ -26,7 +26,14 @@ _REPOSITORY = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
 _LABEL = r"(?:[A-Za-z0-9]|[A-Za-z0-9][A-Za-z0-9-]*[A-Za-z0-9])"
 _HOST = re.compile(rf"(?:{_LABEL}(?:\.{_LABEL})*|\[[0-9A-Fa-f:.]+\])(?::[0-9]{{1,5}})?")
 _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+_IDENTIFIER = re.compile(r"[0-9a-f]{64}")  # what docker takes for an image's ID
 _MAX_NAME = 255
+_MAX_TEXT = 4096
+
+# image-spec, annotations.md: org.opencontainers.image.ref.name may be more than a tag
+_PART = r"[A-Za-z0-9]+(?:(?:[-._:@+]|--)[A-Za-z0-9]+)*"
+_LAYOUT_NAME = re.compile(rf"{_PART}(?:/{_PART})*")
+_BY_DIGEST = re.compile(r"(.*)@([a-z0-9+._-]+:[0-9A-Za-z]{32,})", re.DOTALL)
 
 DOCKER_HUB = "docker.io"
 _HUB_ALIASES = {"index.docker.io", "registry-1.docker.io"}
@@ -68,24 +75,22 @@ class Reference:
             if not rest.startswith("//"):
                 raise ValueError("a registry is written docker://HOST/NAME:TAG")
             return cls(transport, **parse_repository(rest[2:]))
-        if not rest or "\0" in rest:
-            raise ValueError("a path is missing")
+        by_digest = _BY_DIGEST.fullmatch(rest) if transport == "oci" else None
         if transport == "dir":
-            return cls(transport, path=rest)
-        path, _, name = rest.partition(":")  # as skopeo: paths with a colon cannot be named
-        digest = None
-        if transport == "oci" and not name and "@" in path:
-            path, _, digest = rest.partition("@")
-        elif transport == "oci" and "@" in rest:
-            path, _, digest = rest.partition("@")
-            name = ""
-        if not path:
+            path, name = rest, ""
+        elif by_digest is not None:
+            path, name = by_digest[1], ""
+            if ":" in path:
+                raise ValueError("it has both a name and a digest, of which one is enough")
+        else:
+            path, _, name = rest.partition(":")  # as skopeo: paths with a colon cannot be named
+        if not path or "\0" in path:
             raise ValueError("a path is missing")
-        if digest is not None:
-            return cls(transport, path=path, digest=check_digest(digest))
+        if by_digest is not None:
+            return cls(transport, path=path, digest=check_digest(by_digest[2]))
         if transport == "docker-archive":
             return cls(transport, path=path, **(_archive_name(name) if name else {}))
-        return cls(transport, path=path, tag=_layout_tag(name) if name else None)
+        return cls(transport, path=path, tag=_layout_name(name) if name else None)
 
     @property
     def name(self) -> str:
@@ -104,6 +109,10 @@ class Reference:
 
 def parse_repository(text: str) -> dict[str, Any]:
     """Host, repository, tag and digest of ``[HOST/]NAME[:TAG][@DIGEST]`` as docker reads it. Raises ValueError, ImageError."""
+    if len(text) > _MAX_TEXT:
+        raise ValueError(f"it is longer than {_MAX_TEXT} characters")
+    if _IDENTIFIER.fullmatch(text):
+        raise ValueError("it is an image's ID, which registries do not know; give its name")
     rest, at, digest = text.partition("@")
     first, slash, behind = rest.partition("/")
     if slash and (first == "localhost" or "." in first or ":" in first or first != first.lower()):
@@ -111,9 +120,8 @@ def parse_repository(text: str) -> dict[str, Any]:
     else:
         host = DOCKER_HUB
     # A colon behind the last slash begins a tag.
-    last = rest.rpartition("/")[2]
     tag = None
-    if ":" in last:
+    if ":" in rest.rpartition("/")[2]:
         rest, _, tag = rest.rpartition(":")
     if not _HOST.fullmatch(host) or _port(host) > 65535:
         raise ValueError(f"{host!r} is no host")
@@ -125,8 +133,8 @@ def parse_repository(text: str) -> dict[str, Any]:
         raise ValueError(
             f"{rest!r} is no repository: small letters, digits, and . _ - between them, components parted by /"
         )
-    if len(host) + 1 + len(rest) > _MAX_NAME:
-        raise ValueError(f"the name is longer than {_MAX_NAME} characters")
+    if len(rest) > _MAX_NAME:
+        raise ValueError(f"the repository is longer than {_MAX_NAME} characters")
     if tag is not None and not _TAG.fullmatch(tag):
         raise ValueError(f"{tag!r} is no tag: at most 128 letters, digits and . _ -")
     if at:
@@ -141,19 +149,27 @@ def _port(host: str) -> int:
     return int(match[1]) if match else 0
 
 
+def full_name(text: str) -> str:
+    """``HOST/REPOSITORY:TAG`` for what docker would understand by a name, such as ``alpine``. Raises UsageError."""
+    return Reference.parse(f"docker://{text}").name
+
+
+def familiar_name(name: str) -> str:
+    """The shortest name that docker understands as this full one: what ``docker save`` calls an image."""
+    short = name.removeprefix(f"{DOCKER_HUB}/")
+    last = short.removeprefix("library/")
+    return last if short != name and "/" not in last else short
+
+
 def _archive_name(text: str) -> dict[str, Any]:
     parsed = parse_repository(text)
     if parsed["digest"] is not None:
         raise ValueError("images of an archive have no digests to be named by")
-    if parsed["host"] == DOCKER_HUB:
-        return {"repository": str(parsed["repository"]).removeprefix("library/"), "tag": parsed["tag"]}
-    return {"repository": f"{parsed['host']}/{parsed['repository']}", "tag": parsed["tag"]}
+    return {"repository": familiar_name(f"{parsed['host']}/{parsed['repository']}"), "tag": parsed["tag"]}
 
 
-def _layout_tag(text: str) -> str:
-    """org.opencontainers.image.ref.name may be more than a tag; image-spec, annotations.md, has its grammar."""
-    component = r"[A-Za-z0-9]+(?:(?:[-._:@+]|--)[A-Za-z0-9]+)*"
-    if len(text) > _MAX_NAME or not re.fullmatch(rf"{component}(?:/{component})*", text):
+def _layout_name(text: str) -> str:
+    if len(text) > _MAX_NAME or not _LAYOUT_NAME.fullmatch(text):
         raise ValueError(
             f"{text!r} is no name for an image of a layout: letters and digits, and - . _ : @ + / between them"
         )

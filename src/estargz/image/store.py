@@ -182,13 +182,13 @@ def open_source(reference: Reference, registries: Registries | None = None) -> I
     if reference.transport == "docker":
         return _registries(registries).repository(reference)
     if reference.transport == "oci":
-        from estargz.image.layout import Layout
+        from estargz.image.layout import open_layout
 
-        return Layout.open(reference)
+        return open_layout(reference)
     if reference.transport == "dir":
-        from estargz.image.directory import Directory
+        from estargz.image.directory import open_directory
 
-        return Directory.open(reference)
+        return open_directory(reference)
     from estargz.image.archive import open_archive
 
     return open_archive(reference)
@@ -211,13 +211,13 @@ def open_target(
     if reference.transport == "docker":
         return _registries(registries).repository(reference)
     if reference.transport == "oci":
-        from estargz.image.layout import Layout
+        from estargz.image.layout import create_layout
 
-        return Layout.create(reference, names)
+        return create_layout(reference, names)
     if reference.transport == "dir":
-        from estargz.image.directory import Directory
+        from estargz.image.directory import create_directory
 
-        return Directory.create(reference)
+        return create_directory(reference)
     from estargz.image.archive import ArchiveTarget
 
     return ArchiveTarget(reference, names, descriptor)
