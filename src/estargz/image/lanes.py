@@ -30,11 +30,11 @@ class Job(Generic[T]):
     work: Callable[[Callable[[], None]], T]
 
 
-def run(jobs: Sequence[Job[T]], lanes: int, *, abandon: Callable[[], object]) -> list[T]:
+def run(jobs: Sequence[Job[T]], lanes: int) -> list[T]:
     """What the jobs return, in their order.
 
-    When one fails, or the caller is interrupted, those that have not begun never do, ``abandon`` is called, which wakes
-    those that wait for something, and all are waited for. Of several failures the one is raised whose job comes first.
+    When one fails, or the caller is interrupted, those that have not begun never do, and the others are waited for. Of
+    several failures the one is raised whose job comes first.
     """
     stop = threading.Event()
 
@@ -54,7 +54,6 @@ def run(jobs: Sequence[Job[T]], lanes: int, *, abandon: Callable[[], object]) ->
             stop.set()
             for future in futures.values():
                 future.cancel()
-            abandon()
             wait(futures.values())
             if isinstance(error, AbandonedError):
                 raise first_failure([futures[number] for number in range(len(jobs))]) from None

@@ -332,6 +332,11 @@ class Descriptor:
         """Whether it leads to what BuildKit attests about an image beside it."""
         return self.annotations.get("vnd.docker.reference.type") == "attestation-manifest"
 
+    def leading_to(self, media_type: str, digest: str, size: int) -> Self:
+        """The same entry of a document for other content: with its annotations and platform, without embedded data."""
+        raw = {key: value for key, value in self.raw.items() if key != "data" or digest == self.digest}
+        return replace(self, media_type=media_type, digest=digest, size=size, raw=raw)
+
     def document(self) -> dict[str, Any]:
         """The descriptor as a document has it: keys that were read and are not known here are kept."""
         known = {"mediaType": self.media_type, "digest": self.digest, "size": self.size}

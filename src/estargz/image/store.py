@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from estargz.errors import ImageError, UsageError, VerificationError
-from estargz.image.model import MAX_MANIFEST_SIZE, Descriptor
+from estargz.image.model import MAX_MANIFEST_SIZE, Descriptor, digest_of
 from estargz.image.reference import Reference
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ __all__ = [
     "VerifyingReader",
     "open_source",
     "open_target",
+    "put_bytes",
     "read_small",
 ]
 
@@ -172,6 +174,13 @@ def read_small(reader: BlobReader, descriptor: Descriptor) -> bytes:
         while part := reader.read(1 << 20):
             parts.append(part)
         return b"".join(parts)
+
+
+def put_bytes(target: ImageTarget, named: Descriptor, media_type: str, data: bytes) -> Descriptor:
+    """Stores a small blob; returns ``named`` for it, which is how a document named what it replaces."""
+    descriptor = named.leading_to(media_type, digest_of(data), len(data))
+    target.put(descriptor, lambda: VerifyingReader(io.BytesIO(data), descriptor, target.name))
+    return descriptor
 
 
 def open_source(reference: Reference, registries: Registries | None = None) -> ImageSource:
