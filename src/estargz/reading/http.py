@@ -5,60 +5,50 @@ read -> one GET a range -> redirects, credentials, retries -> 206 with just that
 
 from __future__ import annotations
 
-import base64
-import builtins
-import io
-import random
 import re
-import socket
-import ssl
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from email.utils import parsedate_to_datetime
-from http import HTTPStatus
-from http.client import HTTPResponse
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar
-from urllib.parse import unquote_to_bytes, urljoin
-from urllib.request import getproxies, proxy_bypass
+from typing import NamedTuple, Self, TypeVar
 
-from urllib3 import BaseHTTPResponse, PoolManager, ProxyManager, Timeout
-from urllib3.exceptions import (
-    HTTPError,
-    NameResolutionError,
-    NewConnectionError,
-    ProtocolError,
-    ProxyError,
-    SSLError,
-    TimeoutError,
-)
-from urllib3.util import Url, parse_url
+from urllib3 import BaseHTTPResponse, PoolManager, Timeout
+from urllib3.exceptions import HTTPError
+from urllib3.util import Url
 
-from estargz import __version__
 from estargz.errors import RangeError, UsageError
-
-if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
+from estargz.http import (
+    REDIRECTS,
+    TRANSIENT,
+    USER_AGENT,
+    Deadline,
+    Failure,
+    Origin,
+    Pools,
+    Trust,
+    basic,
+    broken,
+    check_certificates,
+    check_identity,
+    content_range,
+    let_go,
+    origin,
+    overloaded,
+    parse,
+    pause,
+    printable,
+    redacted,
+    redirected,
+    size_in_416,
+    status_text,
+)
 
 __all__ = ["HttpSource"]
 
-MAX_REDIRECTS = 5
-_BACKOFF = 0.25  # seconds before the first retry, twice as long before each further one
-_MAX_BACKOFF = 8.0
 _MAX_RETRY_AFTER = 60.0  # a server that asks for more is not waited for
 _PIECE = 1 << 18  # bytes that are read between two looks at the clock
-_SMALL_BODY = 1 << 14  # bytes that are read and dropped to keep a connection
 
-_REDIRECTS = {301, 302, 303, 307, 308}
-_BRIEF = _REDIRECTS | {401}  # what may come before an answer, often with a few words
-_TRANSIENT = {408, 429, 500, 502, 503, 504}
 _NO_SUFFIX = {400, 405, 416, 501}  # how servers refuse "the last n bytes"
-_BROKEN = (NewConnectionError, ProtocolError, ProxyError, SSLError, TimeoutError)
 
-_CONTENT_RANGE = re.compile(r"bytes +(?:(\d{1,18})-(\d{1,18})|\*)/(\d{1,18}|\*)", re.IGNORECASE | re.ASCII)
-_UNPRINTABLE = re.compile(r"[\x00-\x20\x7f]")
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 _RESERVED_HEADERS = {"range", "if-range", "accept-encoding"}
 
@@ -119,7 +109,7 @@ class HttpSource:
         retries: int = 4,
         parallel: int = 8,
         ca_file: str | None = None,
-        pool: PoolManager | None = None,
+        pool: PoolManager | Pools | None = None,
         sleep: Callable[[float], object] | None = None,
     ) -> None:
         home, own = _own_url(url, headers)
@@ -129,11 +119,11 @@ class HttpSource:
         if pool is not None and ca_file is not None:
             raise UsageError("ca_file belongs to the connections; make the pool with it")
         if ca_file is not None:
-            _check_certificates(ca_file)
-        self.name = _redacted(home)
+            check_certificates(ca_file)
+        self.name = redacted(home)
         self._home = _Place(home, True)
         self._moved: _Place | None = None  # where the last request ended
-        self._version: tuple[_Origin, str] | None = None  # the last origin to give a strong ETag, and that ETag
+        self._version: tuple[Origin, str] | None = None  # the last origin to give a strong ETag, and that ETag
         self._headers = own
         self._granted: dict[str, str] = {}
         self._authorize = authorize
@@ -145,7 +135,8 @@ class HttpSource:
         self._starting = threading.Lock()
         self._closed = threading.Event()
         self._sleep = self._closed.wait if sleep is None else sleep
-        self._pools = _Pools(parallel, ca_file, pool)
+        self._lent = isinstance(pool, Pools)
+        self._pools = pool if isinstance(pool, Pools) else Pools(parallel, lambda _: Trust(ca_file), pool)
         self._tail = tail
         self._kept: bytes | None = None
         self._keeping = threading.Lock()
@@ -167,7 +158,8 @@ class HttpSource:
         self._kept = None
         if self._executor is not None:
             self._executor.shutdown(wait=False, cancel_futures=True)
-        self._pools.close()
+        if not self._lent:
+            self._pools.close()
 
     def read_at(self, offset: int, size: int, /) -> bytes:
         """The ``size`` bytes at ``offset``; fewer only where the blob ends. Raises RangeError."""
@@ -233,81 +225,81 @@ class HttpSource:
             size = self._ask(_Span(0, 1), self._take_first)
         return size, data
 
-    def _take(self, response: BaseHTTPResponse, span: _Span, deadline: float) -> bytes:
+    def _take(self, response: BaseHTTPResponse, span: _Span, deadline: Deadline) -> bytes:
         if response.status == 200 and span == (0, self.size):
-            _check_identity(response)
+            check_identity(response)
         elif response.status == 200:
             raise _ignores_ranges()
         else:
-            begin, end, total = _content_range(response)
+            begin, end, total = _asked_range(response)
             if total is not None and total != self.size:
-                raise _Failure(f"has {total} bytes instead of {self.size}", "it is another blob or was replaced", 206)
+                raise Failure(f"has {total} bytes instead of {self.size}", "it is another blob or was replaced", 206)
             if (begin, end) != span:
                 raise _other_bytes(begin, end)
         return self._body(response, span.end - span.begin, deadline)
 
-    def _take_tail(self, response: BaseHTTPResponse, deadline: float) -> tuple[int | None, bytes | None]:
+    def _take_tail(self, response: BaseHTTPResponse, deadline: Deadline) -> tuple[int | None, bytes | None]:
         """The size, if it can be told, and the last bytes, if the server knows how to be asked for them."""
         if response.status == 416:
-            return _size_in_416(response), None
+            return size_in_416(response), None
         if response.status in _NO_SUFFIX:
             return None, None
         if response.status == 200:
-            _check_identity(response)
+            check_identity(response)
             size = response.length_remaining
             whole = size is not None and size <= self._tail
             return size, self._body(response, size, deadline) if size is not None and whole else None
-        begin, end, total = _content_range(response)
+        begin, end, total = _asked_range(response)
         if total is None:
             return None, None
         if (begin, end) != (max(total - self._tail, 0), total):
             raise _other_bytes(begin, end)
         return total, self._body(response, end - begin, deadline)
 
-    def _take_first(self, response: BaseHTTPResponse, deadline: float) -> int:
-        if response.status == 416 and (size := _size_in_416(response)) is not None:
+    def _take_first(self, response: BaseHTTPResponse, deadline: Deadline) -> int:
+        if response.status == 416 and (size := size_in_416(response)) is not None:
             return size
         if response.status == 200:
             raise _ignores_ranges()
-        begin, end, total = _content_range(response)
+        begin, end, total = _asked_range(response)
         if total is None:
-            raise _Failure("does not say how large the blob is", "give its size", 206)
+            raise Failure("does not say how large the blob is", "give its size", 206)
         if (begin, end) != (0, 1):
             raise _other_bytes(begin, end)
         self._body(response, 1, deadline)
         return total
 
-    def _body(self, response: BaseHTTPResponse, size: int, deadline: float) -> bytes:
+    def _body(self, response: BaseHTTPResponse, size: int, deadline: Deadline) -> bytes:
         """Exactly ``size`` bytes; memory grows with what arrives, not with what was announced."""
         stated = response.length_remaining
         if stated is not None and stated != size:
-            raise _Failure(f"announces a body of {stated} bytes", "the server is faulty", response.status)
+            raise Failure(f"announces a body of {stated} bytes", "the server is faulty", response.status)
         parts = []
         left = size
         while left:
             part = response.read1(min(left, _PIECE))
             if not part:
-                raise _Failure(f"the body ends {left} bytes too early", status=response.status, transient=True)
+                raise Failure(f"the body ends {left} bytes too early", status=response.status, transient=True)
             parts.append(part)
             left -= len(part)
             self._check_time(deadline)
         if stated is None and response.read1(1):
-            raise _Failure("sends more bytes than it says", "the server is faulty", response.status)
+            raise Failure("sends more bytes than it says", "the server is faulty", response.status)
         return b"".join(parts)
 
     # ----------------------------------------------------------------------------------------------------------------
     # how it is asked for
 
-    def _ask(self, span: _Span, take: Callable[[BaseHTTPResponse, float], T]) -> T:
+    def _ask(self, span: _Span, take: Callable[[BaseHTTPResponse, Deadline], T]) -> T:
         """What ``take`` makes of the answer to a GET of ``span``. Raises RangeError."""
         with self._slots:
-            deadline = time.monotonic() + self._deadline
+            deadline = Deadline(self._deadline)
             attempt = 1
             while True:
                 self._check_open()
                 try:
                     return self._attempt(span, take, deadline)
-                except _Failure as failure:
+                except Failure as failure:
                     self._moved = None
                     wait = self._wait(failure, attempt, deadline)
                     if wait is None:
@@ -315,18 +307,14 @@ class HttpSource:
                 self._sleep(wait)
                 attempt += 1
 
-    def _wait(self, failure: _Failure, attempt: int, deadline: float) -> float | None:
+    def _wait(self, failure: Failure, attempt: int, deadline: Deadline) -> float | None:
         """Seconds before the next attempt; None when there shall be none."""
         if not failure.transient or attempt > self._retries:
             return None
-        pause: float = min(_BACKOFF * 2 ** (attempt - 1), _MAX_BACKOFF) * random.uniform(0.5, 1)
-        if failure.retry_after is not None:
-            pause = max(pause, failure.retry_after)
-        if pause > _MAX_RETRY_AFTER or time.monotonic() + pause > deadline:
-            return None
-        return pause
+        wait = max(pause(attempt), failure.retry_after or 0.0)
+        return None if wait > _MAX_RETRY_AFTER or wait > deadline.left() else wait
 
-    def _attempt(self, span: _Span, take: Callable[[BaseHTTPResponse, float], T], deadline: float) -> T:
+    def _attempt(self, span: _Span, take: Callable[[BaseHTTPResponse, Deadline], T], deadline: Deadline) -> T:
         place = self._moved or self._home
         remembered = place is not self._home
         authorized = False
@@ -336,11 +324,11 @@ class HttpSource:
             response = self._send(place, span, granted, deadline)
             try:
                 status = response.status
-                if status in _REDIRECTS:
+                if status in REDIRECTS:
                     hops += 1
                     place = self._follow(place, response, hops)
-                elif status in _TRANSIENT:
-                    raise _overloaded(response)
+                elif status in TRANSIENT:
+                    raise overloaded(response)
                 elif status == 401 and place.trusted and not authorized and self._renew(granted, response):
                     authorized = True
                 elif status >= 400 and remembered:
@@ -352,18 +340,18 @@ class HttpSource:
                     return result
             except HTTPError as error:
                 raise self._broken(error, place, deadline) from error
-            except _Failure as failure:
-                failure.place = place
+            except Failure as failure:
+                failure.place = place.url
                 raise
             finally:
-                _let_go(response)
+                let_go(response)
 
-    def _send(self, place: _Place, span: _Span, granted: Mapping[str, str], deadline: float) -> BaseHTTPResponse:
+    def _send(self, place: _Place, span: _Span, granted: Mapping[str, str], deadline: Deadline) -> BaseHTTPResponse:
         own = {**self._headers, **granted} if place.trusted else {}
-        headers = {"user-agent": f"estargz/{__version__}", **own, "accept-encoding": "identity", "range": span.header}
+        headers = {"user-agent": USER_AGENT, **own, "accept-encoding": "identity", "range": span.header}
         try:
             silence = min(self._timeout, self._check_time(deadline))
-            with _until(deadline):
+            with deadline.applies():
                 return self._pools.of(place.url).urlopen(
                     "GET",
                     place.url.url,
@@ -377,38 +365,25 @@ class HttpSource:
         except HTTPError as error:
             raise self._broken(error, place, deadline) from error
 
-    def _check_time(self, deadline: float) -> float:
+    def _check_time(self, deadline: Deadline) -> float:
         """Seconds that are left."""
         self._check_open()
-        left = deadline - time.monotonic()
+        left = deadline.left()
         if left <= 0:
             raise self._late()
         return left
 
-    def _late(self) -> _Failure:
-        return _Failure(f"not done within {self._deadline:g} s", "raise the deadline, or ask for less at once")
+    def _late(self) -> Failure:
+        return Failure(f"not done within {self._deadline:g} s", "raise the deadline, or ask for less at once")
 
-    def _broken(self, error: HTTPError, place: _Place, deadline: float) -> _Failure:
-        failure = self._late() if time.monotonic() >= deadline else _broken(error)
-        failure.place = place
+    def _broken(self, error: HTTPError, place: _Place, deadline: Deadline) -> Failure:
+        failure = self._late() if deadline.left() <= 0 else broken(error)
+        failure.place = place.url
         return failure
 
     def _follow(self, place: _Place, response: BaseHTTPResponse, hops: int) -> _Place:
-        status = response.status
-        location = response.headers.get("Location")
-        if not location:
-            raise _Failure(f"{_status_text(status)} without a Location", "the server is faulty", status)
-        if hops > MAX_REDIRECTS:
-            raise _Failure(f"more than {MAX_REDIRECTS} redirects", "the server sends around in circles", status)
-        try:
-            url, auth = _parse(location, place.url.url)
-        except ValueError as error:
-            raise _Failure(f"redirects to a URL that {error}", "the server is faulty", status) from None
-        if auth is not None:
-            raise _Failure("redirects to a URL with credentials in it", "open that URL itself if you trust it", status)
-        if place.url.scheme == "https" and url.scheme == "http":
-            raise _Failure("redirects from https to http", "open that URL itself if you trust it", status)
-        return _Place(url, place.trusted and _origin(url) == _origin(self._home.url))
+        url = redirected(response, place.url, hops)
+        return _Place(url, place.trusted and origin(url) == origin(self._home.url))
 
     def _renew(self, granted: Mapping[str, str], response: BaseHTTPResponse) -> bool:
         """Whether there are other credentials now than those that were refused."""
@@ -424,21 +399,21 @@ class HttpSource:
         etag = response.headers.get("ETag", "")
         if response.status not in (200, 206) or not etag.startswith('"'):
             return
-        origin = _origin(place.url)
+        where = origin(place.url)
         known = self._version
-        if known is not None and known[0] == origin and known[1] != etag:
+        if known is not None and known[0] == where and known[1] != etag:
             what = f"changed while it was read: its ETag was {known[1]} and is {etag}"
-            raise _Failure(_printable(what), "open it again", response.status)
-        self._version = origin, etag
+            raise Failure(printable(what), "open it again", response.status)
+        self._version = where, etag
 
-    def _error(self, failure: _Failure, span: _Span, attempts: int) -> RangeError:
-        place = failure.place or self._home
-        where = self.name if place is self._home else f"{self.name}: redirected to {_redacted(place.url)}"
+    def _error(self, failure: Failure, span: _Span, attempts: int) -> RangeError:
+        place = failure.place or self._home.url
+        where = self.name if place == self._home.url else f"{self.name}: redirected to {redacted(place)}"
         tried = f", after {attempts} attempts" if attempts > 1 else ""
         remedy = failure.remedy or "check the network, then try again"
         error = RangeError(f"{where}: {failure.what}, asked for {span}{tried}; {remedy}")
         error.status = failure.status
-        error.url = _redacted(place.url)
+        error.url = redacted(place)
         return error
 
 
@@ -462,132 +437,24 @@ class _Span(NamedTuple):
         return f"{self.end - self.begin} bytes at byte {self.begin}"
 
 
-class _Failure(Exception):
-    """Why an attempt gave nothing; ``transient`` when another one may."""
-
-    def __init__(
-        self,
-        what: str,
-        remedy: str = "",
-        status: int | None = None,
-        transient: bool = False,
-        retry_after: float | None = None,
-    ) -> None:
-        super().__init__(what)
-        self.what, self.remedy, self.status = what, remedy, status
-        self.transient, self.retry_after = transient, retry_after
-        self.place: _Place | None = None
-
-
-def _other_bytes(begin: int, end: int) -> _Failure:
-    return _Failure(f"answered with bytes {begin}-{end - 1}", "the server or a cache on the way is faulty", 206)
-
-
-def _ignores_ranges() -> _Failure:
-    return _Failure("the server ignores ranges and sends the whole blob", "download it and open the file", 200)
-
-
-def _overloaded(response: BaseHTTPResponse) -> _Failure:
-    wait = _retry_after(response)
-    remedy = "try again later" if wait is None else f"try again in {wait:.0f} s"
-    return _Failure(_status_text(response.status), remedy, response.status, True, wait)
-
-
-def _broken(error: HTTPError) -> _Failure:
-    if isinstance(error, SSLError) and isinstance(error.args[0], ssl.SSLCertVerificationError):
-        return _Failure(_cause(error), "trust its certificate by ca_file if you know it")
-    return _Failure(_cause(error), transient=isinstance(error, _BROKEN))
-
-
-def _cause(error: HTTPError) -> str:
-    """What happened, in words that hold no URL."""
-    if isinstance(error, ProxyError):
-        return "the proxy cannot be reached or refuses"
-    if isinstance(error, NameResolutionError):
-        return "its host name cannot be resolved"
-    if isinstance(error, NewConnectionError):
-        reason = getattr(error.__cause__, "strerror", None)
-        return f"cannot be connected to{f': {reason}' if reason else ''}"
-    if isinstance(error, TimeoutError):
-        return "no answer in time"
-    if isinstance(error, SSLError):
-        return _printable(f"TLS failed: {getattr(error.args[0], 'verify_message', '') or error.args[0]}")
-    if isinstance(error, ProtocolError):
-        return "the connection broke"
-    return f"the answer is malformed ({type(error).__name__})"
-
-
-def _status_text(status: int) -> str:
-    try:
-        return f"{status} {HTTPStatus(status).phrase}"
-    except ValueError:
-        return f"status {status}"
-
-
-def _printable(text: str) -> str:
-    return "".join(char if char.isprintable() else "?" for char in text[:500])
-
-
-def _content_range(response: BaseHTTPResponse) -> tuple[int, int, int | None]:
-    """Begin, end and the blob's size (None for ``*``) of a 206. Raises _Failure for any other answer."""
+def _asked_range(response: BaseHTTPResponse) -> tuple[int, int, int | None]:
+    """Begin, end and the blob's size (None for ``*``) of a 206. Raises Failure for any other answer."""
     status = response.status
     if status != 206:
-        raise _Failure(_status_text(status), _REMEDIES.get(status, "check the URL and the server"), status)
-    _check_identity(response)
-    if response.headers.get("Content-Type", "").lower().startswith("multipart/"):
-        raise _Failure("answered in several parts, though one range was asked", "the server is faulty", status)
-    text = response.headers.get("Content-Range", "")
-    if text == "bytes 0--1/0":  # what Go's servers say of a blob without bytes
-        return 0, 0, 0
-    match = _CONTENT_RANGE.fullmatch(text.strip())
-    if match is None or match[1] is None:
-        raise _Failure(_printable(f"answered with the Content-Range {text!r}"), "the server is faulty", status)
-    begin, end = int(match[1]), int(match[2]) + 1
-    total = None if match[3] == "*" else int(match[3])
-    if begin >= end or (total is not None and end > total):
-        raise _Failure(f"answered with the Content-Range {text!r}", "the server is faulty", status)
-    return begin, end, total
+        raise Failure(status_text(status), _REMEDIES.get(status, "check the URL and the server"), status)
+    return content_range(response)
 
 
-def _size_in_416(response: BaseHTTPResponse) -> int | None:
-    match = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", "").strip())
-    return None if match is None or match[1] is not None or match[3] == "*" else int(match[3])
+def _other_bytes(begin: int, end: int) -> Failure:
+    return Failure(f"answered with bytes {begin}-{end - 1}", "the server or a cache on the way is faulty", 206)
 
 
-def _check_identity(response: BaseHTTPResponse) -> None:
-    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
-    if encoding not in ("", "identity"):
-        what = _printable(f"answered in Content-Encoding {encoding!r}, though none was allowed")
-        raise _Failure(what, "a server or proxy recodes the blob; have it serve blobs as they are", response.status)
-
-
-def _retry_after(response: BaseHTTPResponse) -> float | None:
-    """Seconds, from either form that the header may have."""
-    text = response.headers.get("Retry-After", "").strip()
-    if re.fullmatch(r"[0-9]{1,9}", text):
-        return float(text)
-    try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except (ValueError, OverflowError):
-        return None
-
-
-def _let_go(response: BaseHTTPResponse) -> None:
-    """Keeps the connection when nothing is left on it, or so little that one read takes it; else closes it."""
-    left = response.length_remaining
-    with suppress(HTTPError):
-        if response.status in _BRIEF and left is not None and left <= _SMALL_BODY:
-            response.read1(_SMALL_BODY)
-    if not response.closed:
-        response.close()
-        response.release_conn()
+def _ignores_ranges() -> Failure:
+    return Failure("the server ignores ranges and sends the whole blob", "download it and open the file", 200)
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# URLs, credentials, connections
-
-
-_Origin = tuple[str | None, str | None, int]
+# URLs and headers
 
 
 class _Place(NamedTuple):
@@ -600,48 +467,15 @@ class _Place(NamedTuple):
 def _own_url(url: str, headers: Mapping[str, str] | None) -> tuple[Url, dict[str, str]]:
     """The caller's URL and headers, userinfo turned into one of them. Raises UsageError, which shows no secret."""
     try:
-        parsed, auth = _parse(url)
+        parsed, auth = parse(url)
     except ValueError as error:
         raise UsageError(f"a blob's URL {error}; check it") from None
     own = _checked_headers(headers or {})
     if auth is not None:
         if "authorization" in own:
-            raise UsageError(f"{_redacted(parsed)}: credentials are in its URL and in the headers; give one of them")
-        own["authorization"] = _basic(auth)
+            raise UsageError(f"{redacted(parsed)}: credentials are in its URL and in the headers; give one of them")
+        own["authorization"] = basic(auth)
     return parsed, own
-
-
-def _parse(text: str, base: str = "") -> tuple[Url, str | None]:
-    """A URL, which may be relative to ``base``, and its userinfo. Raises ValueError.
-
-    It is taken apart by what will connect to it, lest the two disagree on the host.
-    """
-    if _UNPRINTABLE.search(text):
-        raise ValueError("holds spaces or control characters")
-    try:
-        url = parse_url(urljoin(base, text) if base else text)
-    except ValueError:
-        raise ValueError("is malformed") from None
-    if url.scheme not in ("http", "https"):
-        raise ValueError("is neither http:// nor https://")
-    if not url.host:
-        raise ValueError("names no host")
-    return url._replace(auth=None, fragment=None), url.auth
-
-
-def _origin(url: Url) -> _Origin:
-    return url.scheme, url.host, url.port or (443 if url.scheme == "https" else 80)
-
-
-def _redacted(url: Url) -> str:
-    """Queries hold signatures."""
-    return url._replace(query="REDACTED" if url.query else None).url
-
-
-def _basic(userinfo: str) -> str:
-    user, _, password = userinfo.partition(":")
-    plain = unquote_to_bytes(user) + b":" + unquote_to_bytes(password)
-    return "Basic " + base64.b64encode(plain).decode()
 
 
 def _checked_headers(headers: Mapping[str, str]) -> dict[str, str]:
@@ -662,111 +496,3 @@ def _at_least(**values: tuple[int | None, int]) -> None:
     for name, (value, least) in values.items():
         if value is not None and value < least:
             raise UsageError(f"{name} must be {least} or more, not {value}")
-
-
-def _check_certificates(path: str) -> None:
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
-    except OSError as error:
-        raise UsageError(f"ca_file {path}: {error.strerror or error}; give a PEM file of certificates") from error
-
-
-# A socket's timeout begins anew with every byte. What comes before and between the parts of a body (status lines, headers,
-# interim answers, sizes of chunks, a proxy's answer) is read inside http.client, so there the deadline has to be the file's.
-
-
-class _Deadline(threading.local):
-    at: float | None = None  # as time.monotonic says it; None: a request of somebody else, in the same pool
-
-
-_deadline = _Deadline()
-
-
-@contextmanager
-def _until(deadline: float) -> Iterator[None]:
-    """The answers that this thread begins to read are to be read by then."""
-    _deadline.at = deadline
-    try:
-        yield
-    finally:
-        _deadline.at = None
-
-
-class _TimedFile(io.RawIOBase):
-    """What a socket sends; reading raises the built-in TimeoutError after a silence as long as the socket's timeout, and
-    at the deadline."""
-
-    def __init__(self, file: io.RawIOBase, connection: socket.socket, deadline: float) -> None:
-        self._file, self._connection, self._until = file, connection, deadline
-        self._silence = connection.gettimeout()
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: WriteableBuffer, /) -> int | None:
-        left = self._until - time.monotonic()
-        if left <= 0:
-            raise builtins.TimeoutError("timed out")
-        self._connection.settimeout(left if self._silence is None else min(self._silence, left))
-        return self._file.readinto(buffer)
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-class _TimedResponse(HTTPResponse):
-    def __init__(self, sock: socket.socket, *args: Any, **options: Any) -> None:
-        super().__init__(sock, *args, **options)
-        if _deadline.at is not None:
-            self.fp = io.BufferedReader(_TimedFile(self.fp.detach(), sock, _deadline.at))
-
-
-class _Timed:
-    """What makes a class of connections heed the deadline."""
-
-    response_class = _TimedResponse
-
-
-class _Pools:
-    """Connections, kept for the next request, through the environment's proxies (urllib3 does not look for them)."""
-
-    def __init__(self, parallel: int, ca_file: str | None, given: PoolManager | None) -> None:
-        self._parallel, self._ca_file, self._given = parallel, ca_file, given
-        self._proxies = getproxies() if given is None else {}
-        self._managers: dict[str | None, PoolManager] = {}
-        self._lock = threading.Lock()
-
-    def of(self, url: Url) -> PoolManager:
-        manager = self._manager(url)
-        pool = manager.connection_from_url(url.url)
-        if not issubclass(pool.ConnectionCls, _Timed):
-            pool.ConnectionCls = type("TimedConnection", (_Timed, pool.ConnectionCls), {})
-        return manager
-
-    def _manager(self, url: Url) -> PoolManager:
-        if self._given is not None:
-            return self._given
-        proxy = self._proxies.get(url.scheme or "")
-        if proxy is not None and proxy_bypass(url.netloc or "", self._proxies):
-            proxy = None
-        with self._lock:
-            if proxy not in self._managers:
-                self._managers[proxy] = self._made(proxy, url.scheme)
-            return self._managers[proxy]
-
-    def _made(self, proxy: str | None, scheme: str | None) -> PoolManager:
-        if proxy is None:
-            return PoolManager(maxsize=self._parallel, ca_certs=self._ca_file)
-        try:
-            url, auth = _parse(proxy if "://" in proxy else f"http://{proxy}")
-        except ValueError as error:
-            raise UsageError(f"the proxy in the environment for {scheme} {error}") from None
-        headers = None if auth is None else {"proxy-authorization": _basic(auth)}
-        return ProxyManager(url.url, maxsize=self._parallel, proxy_headers=headers, ca_certs=self._ca_file)
-
-    def close(self) -> None:
-        with self._lock:
-            for manager in self._managers.values():
-                manager.clear()
-            self._managers.clear()
