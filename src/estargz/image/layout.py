@@ -37,9 +37,12 @@ __all__ = [
     "Layout",
     "copy_blob",
     "create_layout",
+    "make_folder",
     "named_entries",
     "open_layout",
     "pick",
+    "read_document",
+    "replace_document",
 ]
 
 LAYOUT_FILE = b'{"imageLayoutVersion":"1.0.0"}'
@@ -155,6 +158,26 @@ def make_folder(folder: Path) -> None:
         raise SinkError(f"{folder}: cannot be made: {error.strerror}; check the path and its rights") from error
 
 
+def read_document(path: Path) -> bytes | None:
+    """A small file beside blobs, None when it is not there. Raises ImageError for one that is larger than these are."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_MANIFEST_SIZE + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise SourceError(f"{path}: cannot be read: {error.strerror}; check its rights") from error
+    if len(data) > MAX_MANIFEST_SIZE:
+        raise ImageError(f"{path}: has more than {MAX_MANIFEST_SIZE} bytes, the most that such a file may have")
+    return data
+
+
+def replace_document(path: Path, data: bytes) -> None:
+    """A small file beside blobs, which is there whole at every moment. Raises SinkError."""
+    with PathSink(path) as sink:
+        sink.write(data)
+
+
 def _sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -168,7 +191,7 @@ class FolderUpload:
 
     def __init__(self, folder: BlobFolder) -> None:
         self._folder = folder
-        parent = folder.path("sha256:").parent
+        parent = folder.path("sha256:0").parent
         make_folder(parent)
         # The name is a place holder, until the digest is known.
         self._sink: PathSink | None = PathSink(parent / f".{os.urandom(8).hex()}.tmp")
@@ -257,42 +280,28 @@ class Layout(BlobFolder):
             others = [old for old in index.manifests if not any(_replaces(new, old) for new in entries)]
             known = {"schemaVersion": 2, "mediaType": OCI_INDEX}
             document = {**known, **index.raw, "manifests": [entry.document() for entry in (*others, *entries)]}
-            if self._document("oci-layout") is None:
-                self._replace("oci-layout", LAYOUT_FILE)
-            self._replace("index.json", encode(document))
+            if read_document(self.directory / "oci-layout") is None:
+                replace_document(self.directory / "oci-layout", LAYOUT_FILE)
+            replace_document(self.directory / "index.json", encode(document))
 
     def close(self) -> None:
         pass
 
     def _index(self) -> Index:
-        text = self._document("index.json")
+        text = read_document(self.directory / "index.json")
         if text is None:
             return Index(OCI_INDEX, [], {}, None, {})
         return Index.parse(text, OCI_INDEX, f"{self.directory}/index.json")
 
-    def _document(self, name: str) -> bytes | None:
-        path = self.directory / name
-        try:
-            with path.open("rb") as file:
-                return file.read(MAX_MANIFEST_SIZE + 1)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except OSError as error:
-            raise SourceError(f"{path}: cannot be read: {error.strerror}; check its rights") from error
-
     def check_version(self) -> bool:
         """Whether this is a layout already. Raises ImageError for one that is not known here."""
-        text = self._document("oci-layout")
+        text = read_document(self.directory / "oci-layout")
         if text is None:
             return False
         version = decode(text, f"{self.directory}/oci-layout").get("imageLayoutVersion")
         if not str(version).startswith("1."):
             raise ImageError(f"{self.directory}: its OCI layout has version {version!r:.100}; only 1 is known here")
         return True
-
-    def _replace(self, name: str, text: bytes) -> None:
-        with PathSink(self.directory / name) as sink:
-            sink.write(text)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
