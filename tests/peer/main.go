@@ -34,6 +34,7 @@ const usage = `usage: peer COMMAND [FLAGS] ARGUMENTS
   toc          BLOB
   unpack       BLOB OUT.tar
   tarlist      TAR
+  clamp        -epoch SECONDS IN.tar OUT.tar
   version
 
 OUT.tar may be - for the standard output, TAR - for the standard input.
@@ -51,6 +52,7 @@ var commands = map[string]func([]string) error{
 	"toc":          runTOC,
 	"unpack":       runUnpack,
 	"tarlist":      runTarList,
+	"clamp":        runClamp,
 	"version":      runVersion,
 }
 

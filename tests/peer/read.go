@@ -11,6 +11,7 @@ import (
 	"os"
 	"path"
 	"strings"
+	"time"
 
 	"github.com/containerd/stargz-snapshotter/estargz"
 	digest "github.com/opencontainers/go-digest"
@@ -282,11 +283,22 @@ type tarEntry struct {
 	Gname    string            `json:"gname,omitempty"`
 	ModTime  int64             `json:"modtime"` // whole seconds, rounded down
 	Nanos    int               `json:"modtime_nanos,omitempty"`
+	Access   string            `json:"accesstime,omitempty"` // seconds and nanoseconds
+	Change   string            `json:"changetime,omitempty"`
 	DevMajor int64             `json:"devmajor,omitempty"`
 	DevMinor int64             `json:"devminor,omitempty"`
 	Xattrs   map[string][]byte `json:"xattrs,omitempty"`
-	Digest   string            `json:"digest,omitempty"` // of a regular file's contents
+	Records  map[string][]byte `json:"records,omitempty"` // the other PAX records
+	Digest   string            `json:"digest,omitempty"`  // of a regular file's contents
 	Format   string            `json:"format"`
+}
+
+// timeText is empty for a time that is not there.
+func timeText(t time.Time) string {
+	if t.IsZero() {
+		return ""
+	}
+	return fmt.Sprintf("%d.%09d", t.Unix(), t.Nanosecond())
 }
 
 func runTarList(args []string) error {
@@ -315,6 +327,7 @@ func runTarList(args []string) error {
 				Name: []byte(h.Name), Type: string(h.Typeflag), Linkname: []byte(h.Linkname),
 				Size: h.Size, Mode: h.Mode, UID: h.Uid, GID: h.Gid, Uname: h.Uname, Gname: h.Gname,
 				ModTime: h.ModTime.Unix(), Nanos: h.ModTime.Nanosecond(),
+				Access: timeText(h.AccessTime), Change: timeText(h.ChangeTime),
 				DevMajor: h.Devmajor, DevMinor: h.Devminor, Format: h.Format.String(),
 			}
 			for key, value := range h.PAXRecords {
@@ -323,6 +336,11 @@ func runTarList(args []string) error {
 						e.Xattrs = map[string][]byte{}
 					}
 					e.Xattrs[name] = []byte(value)
+				} else {
+					if e.Records == nil {
+						e.Records = map[string][]byte{}
+					}
+					e.Records[key] = []byte(value)
 				}
 			}
 			if h.Typeflag == tar.TypeReg {
