@@ -1,0 +1,198 @@
+"""Layers of an image: those that exist, those that are to be built, and the form that they shall have."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from estargz.errors import BlobError, RangeError, UsageError
+from estargz.image.model import Descriptor, layer_compression, layer_media_type
+from estargz.image.store import ImageSource
+from estargz.layer import TOC_DIGEST, UNCOMPRESSED_DIGEST, Layer
+from estargz.options import DEFAULT_CHUNK_SIZE, Options
+from estargz.reading.footer import FOOTER_MAX, read_footer
+from estargz.writing.building import build
+from estargz.writing.source import PathLike, Readable
+
+__all__ = ["LayerForm", "MovedLayer", "NewLayer", "StoredLayer", "descriptor_of", "layer_kind", "public_annotations"]
+
+# what is not for manifests: containerd's and BuildKit's own notes about blobs
+_PRIVATE = (UNCOMPRESSED_DIGEST, "buildkit/createdat")
+_PRIVATE_PREFIX = "containerd.io/distribution.source."
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# what is asked for
+
+
+@dataclass(frozen=True, slots=True)
+class LayerForm:
+    """How layers shall be compressed.
+
+    Raises UsageError for values out of their range.
+    """
+
+    compression: str | None = None
+    """``uncompressed``, ``gzip``, ``estargz`` or ``zstd``; None: as they are, and new ones as gzip."""
+    level: int | None = None
+    """0..12 (gzip, estargz) or 1..19 (zstd); None: the default."""
+    chunk_size: int = DEFAULT_CHUNK_SIZE
+    min_chunk_size: int = 0
+
+    def __post_init__(self) -> None:
+        Options(**self.options())
+
+    def options(self) -> dict[str, Any]:
+        """As ``estargz.build`` takes them."""
+        return {
+            "compression": self.compression or "gzip",
+            "level": self.level,
+            "chunk_size": self.chunk_size,
+            "min_chunk_size": self.min_chunk_size,
+        }
+
+    def changes(self, kind: str) -> bool:
+        """Whether a layer of this kind becomes another one. As for BuildKit, an eStargz layer is none of plain gzip."""
+        return self.compression is not None and self.compression != kind
+
+
+@dataclass(frozen=True, slots=True)
+class StoredLayer:
+    """A blob of an image that exists."""
+
+    source: ImageSource
+    descriptor: Descriptor
+    diff_id: str | None = None
+    """As the image's configuration states it."""
+    keep: bool = False
+    """It is not to be recompressed, whatever the form."""
+
+
+@dataclass(frozen=True, slots=True)
+class NewLayer:
+    """A layer that is built: the arguments of ``estargz.build``."""
+
+    source: PathLike | Readable
+    lower: PathLike | None = None
+    overlay_lower: Sequence[PathLike] | None = None
+    prefetch: Sequence[str] = ()
+    allow_missing: bool = False
+    landmark: bool = True
+    epoch: int | None = None
+    """Upper bound, in seconds, of a tree's modification times."""
+    rewrite_timestamp: bool = False
+    """The bound holds for the times in a tar, too."""
+
+    @property
+    def name(self) -> str:
+        """For messages and progress."""
+        named = self.source if isinstance(self.source, str | os.PathLike) else getattr(self.source, "name", "input")
+        return str(named)
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether it can be read more than once."""
+        return isinstance(self.source, str | os.PathLike) and not _is_stream(self.source)
+
+    def size_hint(self) -> float:
+        """Bytes of the source; infinite where nobody knows before it was read."""
+        if isinstance(self.source, str | os.PathLike) and os.path.isfile(self.source):
+            return os.path.getsize(self.source)
+        return math.inf
+
+    def build(self, dest: Any, **options: Any) -> Layer:
+        """Builds it. Raises what ``estargz.build`` raises."""
+        estargz = options["compression"] == "estargz"
+        return build(
+            self.source,
+            dest,
+            lower=self.lower,
+            overlay_lower=self.overlay_lower,
+            prefetch=self.prefetch if estargz else None,
+            allow_missing=self.allow_missing,
+            landmark=self.landmark,
+            source_date_epoch=self.epoch,
+            rewrite_timestamp=self.rewrite_timestamp,
+            **options,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class MovedLayer:
+    """What became of a layer."""
+
+    descriptor: Descriptor
+    """As OCI manifests have it."""
+    diff_id: str | None
+    action: str
+    """``copied``, ``converted``, ``built``, or ``reused`` from the cache."""
+    layer: Layer | None = None
+    """What is known of one that was made."""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# what a layer is
+
+
+class _Ranges:
+    """A stored blob, for those who read by ranges."""
+
+    def __init__(self, layer: StoredLayer) -> None:
+        self.name = f"{layer.source.name}: {layer.descriptor.digest}"
+        self.size = layer.descriptor.size
+        self._layer = layer
+
+    def read_at(self, offset: int, size: int, /) -> bytes:
+        return self._layer.source.read_at(self._layer.descriptor, offset, size)
+
+
+def layer_kind(layer: StoredLayer) -> tuple[str, str | None]:
+    """``uncompressed``, ``gzip``, ``zstd`` or ``estargz``, and the digest of the table of contents of the last.
+
+    A gzip layer is an eStargz one when its end leads to a table of contents that can be read, and that has the digest its
+    descriptor states, if it states one. Only the blob's end is fetched.
+    """
+    kind = layer_compression(layer.descriptor.media_type)
+    if kind != "gzip":
+        return kind, None
+    stated = layer.descriptor.annotations.get(TOC_DIGEST)
+    try:
+        if not _has_footer(layer):
+            return "gzip", None
+        from estargz.reading import blob as blobs
+
+        with blobs.open(_Ranges(layer), toc_digest=stated) as opened:
+            return "estargz", opened.toc_digest
+    except RangeError:  # a server without ranges: its word must do
+        return ("estargz", stated) if stated else ("gzip", None)
+    except (BlobError, UsageError):  # a footer by chance, or an annotation of something else
+        return "gzip", None
+
+
+def _has_footer(layer: StoredLayer) -> bool:
+    size = layer.descriptor.size
+    tail = layer.source.read_at(layer.descriptor, max(size - FOOTER_MAX, 0), min(size, FOOTER_MAX))
+    footer = read_footer(tail, size)
+    return footer is not None and footer.format == "estargz"
+
+
+def _is_stream(path: PathLike) -> bool:
+    """Whether it is a pipe or the like, which is read once."""
+    return os.path.exists(path) and not os.path.isdir(path) and not os.path.isfile(path)
+
+
+def public_annotations(annotations: Mapping[str, str]) -> dict[str, str]:
+    """What of a layer's annotations belongs into a manifest (BuildKit's exporter leaves out the same)."""
+    return {
+        key: value
+        for key, value in annotations.items()
+        if key not in _PRIVATE and not key.startswith(_PRIVATE_PREFIX)
+    }
+
+
+def descriptor_of(layer: Layer) -> Descriptor:
+    """Of a finished layer, as OCI manifests have it."""
+    return Descriptor(layer_media_type(layer.compression), layer.digest, layer.size, public_annotations(layer.annotations))
