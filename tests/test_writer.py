@@ -42,6 +42,7 @@ from tars import (
 
 import estargz
 from estargz import Compressor, EstargzError, Layer, SinkError, SourceError, TarError, UsageError, Writer
+from estargz.layer import MEDIA_TYPES
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -285,6 +286,28 @@ def test_blobs_made_by_go(peer: Path, tmp_path: Path, how: str) -> None:
     layer = estargz.build(theirs, tmp_path / "ours")
     assert unpacked(peer, tmp_path / "ours") == unpacked(peer, theirs)
     judge(peer, tmp_path / "ours", layer)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("compression", MEDIA_TYPES)
+def test_the_digest_of_the_tar_alone(compression: str, threads: int) -> None:
+    for tar in (MIXED, *endings().values()):
+        layer, _ = blob_of(tar, compression=compression, threads=threads)
+        assert layer.tar_digest == sha256(tar)
+        assert (layer.tar_digest == layer.diff_id) == (compression != "estargz")
+
+
+def test_the_digest_of_a_tree_alone(peer: Path, tmp_path: Path) -> None:
+    (tmp_path / "tree").mkdir()
+    for i in range(3000):
+        (tmp_path / "tree" / f"f{i}").write_bytes(RNG.randbytes(i % 1500))
+    for source in (tmp_path / "tree", tmp_path / "nothing"):
+        source.mkdir(exist_ok=True)
+        made = [estargz.build(source, tmp_path / "blob", threads=threads) for threads in (1, 2, 5)]
+        assert {layer.tar_digest for layer in made} == {sha256(unpacked(peer, tmp_path / "blob"))}
+        plain, blob = blob_of(source, compression="uncompressed", landmark=False)
+        assert plain.tar_digest == plain.diff_id == sha256(blob)
+        assert blob_of(source, landmark=False)[0].tar_digest == plain.diff_id
 
 
 # --- what is refused

@@ -388,6 +388,11 @@ cdef class LayerBuilder:
             return None
         return (<toc_row *>self.pipeline.table.rows.data)[self.landmark_row].offset
 
+    @property
+    def tar_digest(self):
+        """Digest of the stream in front of the table of contents: of all of it where there is none. Valid after finish."""
+        return self.pipeline.tar_digest[:32]
+
     # --------------------------------------------------------------------------------------------- a tar stream
 
     def feed(self, data):

@@ -160,6 +160,7 @@ cdef class Pipeline:
     cdef int64_t placed_size             # of the blob as far as it is in order
     cdef int64_t tar_hash_next           # number of the batch that the stream's hash has come to
     cdef bint tar_hash_taken             # by a worker or the sink
+    cdef uint8_t tar_digest[32]          # of the stream in front of the pieces
     cdef toc_table table
 
     cdef batch *acquire(self) noexcept nogil

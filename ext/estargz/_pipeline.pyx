@@ -630,9 +630,12 @@ cdef class Pipeline:
 
     cdef int finish_pieces(self, batch *b) noexcept nogil:
         """The trailer of a member made of pieces needs the checksum over all of them."""
+        cdef sha256_stream so_far
         cdef uint32_t size
         if b.first_piece:
             self.piece_offset = self.placed_size
+            so_far = self.tar_hash      # a copy: the stream's own hash goes on over the pieces
+            sha256_finish(&so_far, self.tar_digest)
         self.piece_crc = crc32_gzip_refl(self.piece_crc, b.raw, b.raw_size)
         self.piece_raw_size += b.raw_size
         if b.last_piece:
@@ -747,6 +750,8 @@ cdef class Pipeline:
         sha256_finish(&self.piece_hash, piece_digest)
         if self.codec == CODEC_COPY:
             memcpy(blob_digest, tar_digest, 32)
+        if not self.piece_raw_size:
+            memcpy(self.tar_digest, tar_digest, 32)
         return self.blob_size, blob_digest[:32], self.tar_size, tar_digest[:32], piece_digest[:32]
 
     def stages(self):

@@ -31,8 +31,11 @@ class Layer:
     """Of the blob as written."""
     diff_id: str
     """Of the whole uncompressed stream, an eStargz layer's table of contents included."""
+    tar_digest: str
+    """Of the same stream without an eStargz layer's table of contents: the DiffID of the tar that ``estargz unpack`` gives
+    back, whatever the compression."""
     uncompressed_size: int
-    """Of the same stream."""
+    """Of the stream that ``diff_id`` covers."""
     toc_digest: str | None = None
     """Of the table of contents' JSON; only eStargz layers have one."""
     prefetch_size: int | None = None

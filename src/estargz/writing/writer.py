@@ -25,6 +25,7 @@ def finish_layer(
         digest=f"sha256:{digest.hex()}",
         size=size,
         diff_id=f"sha256:{diff_id.hex()}",
+        tar_digest=f"sha256:{builder.tar_digest.hex()}",
         uncompressed_size=uncompressed_size,
         toc_digest=f"sha256:{toc_digest.hex()}" if toc_digest is not None else None,
         prefetch_size=builder.prefetch_size,
