@@ -21,6 +21,7 @@ __all__ = ["main"]
 # command -> module, help line; the modules are slow to import, so listing the commands does not touch them
 _COMMANDS = {
     "build": ("estargz.cli.build", "Build a layer from a directory, two directories or a tar."),
+    "cache": ("estargz.cli.cache", "Show and prune the cache of converted layers."),
     "cat": ("estargz.cli.cat", "Write a file of a blob to standard output, verified."),
     "extract": ("estargz.cli.extract", "Apply layers to a directory."),
     "info": ("estargz.cli.info", "Show a blob's sizes, digests and counts."),
