@@ -94,7 +94,8 @@ def create_directory(reference: Reference) -> Directory:
     """A directory to write an image to: one that is new, is empty, or holds an image. Raises ImageError for others."""
     directory = Directory(reference)
     try:
-        foreign = os.listdir(directory.directory) and read_document(directory.directory / "version") is None
+        foreign = any(not _OF_AN_IMAGE.fullmatch(name) for name in os.listdir(directory.directory))
+        foreign = foreign and read_document(directory.directory / "version") is None
     except FileNotFoundError:
         foreign = False
     except OSError as error:

@@ -147,7 +147,7 @@ def same_in(media_type: str, *, docker: bool) -> str:
 # JSON from strangers
 
 
-def encode(document: Mapping[str, Any], *, indent: int | None = 2) -> bytes:
+def encode(document: Mapping[str, Any] | Sequence[Any], *, indent: int | None = 2) -> bytes:
     """A document as JSON, keys in their order. Manifests are indented by two spaces, as BuildKit's are; configurations, by
     ``indent=None``, are compact."""
     separators = (",", ":") if indent is None else (",", ": ")
