@@ -93,6 +93,13 @@ class NewLayer:
         return str(named)
 
     @property
+    def is_tree(self) -> bool:
+        """Whether it is made of directories, and not of a tar."""
+        if self.lower is not None or self.overlay_lower is not None:
+            return True
+        return isinstance(self.source, str | os.PathLike) and os.path.isdir(self.source)
+
+    @property
     def repeatable(self) -> bool:
         """Whether it can be read more than once."""
         return isinstance(self.source, str | os.PathLike) and not _is_stream(self.source)
@@ -187,12 +194,12 @@ def _is_stream(path: PathLike) -> bool:
 def public_annotations(annotations: Mapping[str, str]) -> dict[str, str]:
     """What of a layer's annotations belongs into a manifest (BuildKit's exporter leaves out the same)."""
     return {
-        key: value
-        for key, value in annotations.items()
-        if key not in _PRIVATE and not key.startswith(_PRIVATE_PREFIX)
+        key: value for key, value in annotations.items() if key not in _PRIVATE and not key.startswith(_PRIVATE_PREFIX)
     }
 
 
 def descriptor_of(layer: Layer) -> Descriptor:
     """Of a finished layer, as OCI manifests have it."""
-    return Descriptor(layer_media_type(layer.compression), layer.digest, layer.size, public_annotations(layer.annotations))
+    return Descriptor(
+        layer_media_type(layer.compression), layer.digest, layer.size, public_annotations(layer.annotations)
+    )

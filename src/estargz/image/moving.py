@@ -8,7 +8,6 @@ a cache, else by building again, which gives the same bytes.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from estargz.image.layers import (
     descriptor_of,
     layer_kind,
 )
-from estargz.image.model import Descriptor, digest_of, is_foreign_layer, is_layer
+from estargz.image.model import is_foreign_layer, is_layer
 from estargz.image.store import BlobReader, BlobUpload, ImageTarget
 from estargz.image.variants import VariantKey, VariantStore
 from estargz.layer import TOC_DIGEST, Layer
@@ -184,10 +183,10 @@ class LayerMover:
         return {**self._form.options(), "pool": self._pool, "progress": watch.progress}
 
     def _key(self, tar_digest: str, layer: NewLayer | None = None) -> VariantKey:
-        """``layer``: what else than the tar decides a new layer's bytes: its order and landmark."""
-        more = ""
-        if layer is not None and self._form.compression == "estargz":
-            more = digest_of(json.dumps([layer.landmark, list(layer.prefetch), layer.allow_missing]).encode())
+        """``layer``: one whose tar is not all that decides its bytes, but also the order of its entries and the landmark."""
+        more = None
+        if layer is not None and self._form.compression == "estargz" and (layer.is_tree or layer.prefetch):
+            more = {"landmark": layer.landmark, "prefetch": list(layer.prefetch)}
         return VariantKey.of(tar_digest, Options(**self._form.options()), more)
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -201,8 +200,7 @@ class LayerMover:
             return self._upload(make, repeatable), False
         if key is None:
             return self._upload_and_keep(make, self._cache, None), False
-        with self._cache.making(key, watch.check):
-            found = self._cache.find(key)
+        with self._cache.making(key, watch.check) as found:
             if found is None:
                 return self._upload_and_keep(make, self._cache, key), False
         self._put_cached(found, self._cache)
@@ -226,7 +224,9 @@ class LayerMover:
                 if restart == MAX_RESTARTS or fruitless > _MAX_FRUITLESS:
                     raise
                 if not repeatable:
-                    raise UploadBrokenError(f"{error}, and its source can be read once only; use a cache or a file") from error
+                    raise UploadBrokenError(
+                        f"{error}, and its source can be read once only; use a cache or a file"
+                    ) from error
         raise AssertionError("unreachable")
 
     def _upload_and_keep(self, make: Callable[[Any], Layer], cache: VariantStore, key: VariantKey | None) -> Layer:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from estargz.image.layers import MovedLayer, StoredLayer
-from estargz.image.model import Descriptor, Index, Platform, encode, is_docker, same_in
+from estargz.image.model import Descriptor, Platform, encode, is_docker, same_in
 from estargz.image.moving import LayerMover
 from estargz.image.store import ImageSource, ImageTarget, put_bytes
 from estargz.image.tree import (

@@ -95,9 +95,9 @@ class ImageTarget(Protocol):
     def has(self, descriptor: Descriptor) -> bool:
         """Whether the blob or manifest is there."""
 
-    def link(self, descriptor: Descriptor, source: ImageSource) -> bool:
-        """Takes a blob over from ``source`` without moving its bytes, where that can be done (a registry's mount, a hard
-        link); False where it cannot."""
+    def link(self, descriptor: Descriptor, source: object) -> bool:
+        """Takes a blob over from ``source``, an ImageSource or a cache, without moving its bytes, where that can be done (a
+        registry's mount, a hard link); False where it cannot."""
 
     def upload(self) -> BlobUpload:
         """A blob whose digest is not known yet."""

@@ -169,7 +169,9 @@ def _is_wanted(document: Document, wanted: Sequence[Platform]) -> bool:
 def _is_image(manifest: Manifest) -> bool:
     """Whether it has a file system. Attestations state an image's configuration, and no layers."""
     layers = manifest.layers
-    return is_image_config(manifest.config.media_type) and (not layers or any(is_layer(one.media_type) for one in layers))
+    return is_image_config(manifest.config.media_type) and (
+        not layers or any(is_layer(one.media_type) for one in layers)
+    )
 
 
 def _stated(descriptor: Descriptor) -> Platform | None:

@@ -1,0 +1,135 @@
+"""estargz convert: an image with its layers in another compression, from any store to any store."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from estargz.cli.build import Size, terminated_cleanly
+from estargz.cli.progress import MODES, layer_progress
+from estargz.errors import UsageError
+from estargz.image.convert import convert
+from estargz.image.layers import MovedLayer
+from estargz.image.output import COMPRESSIONS
+from estargz.image.rewriting import ATTESTATIONS
+from estargz.image.variants import VariantStore
+from estargz.options import DEFAULT_CHUNK_SIZE
+from estargz.registry.client import Registries
+from estargz.writing.pool import Pool
+
+__all__ = ["command", "described", "open_cache", "shared_options"]
+
+
+def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What ``convert`` and ``image build`` both have: the cache, the pool, registries, and how to tell of it all."""
+    options = [
+        click.option(
+            "--reuse", is_flag=True, help="Find finished layers in the cache of variants, and keep them there."
+        ),
+        click.option(
+            "--cache", metavar="DIR", help="The same with the cache in DIR.  [$ESTARGZ_CACHE, ~/.cache/estargz]"
+        ),
+        click.option(
+            "--threads", type=click.IntRange(1), metavar="N", help="For all layers together; default: one a CPU."
+        ),
+        click.option("--memory", type=Size(), metavar="N", help="Bytes for all layers together."),
+        click.option("--insecure", is_flag=True, help="Registries may speak HTTP or show any certificate."),
+        click.option("--ca-file", metavar="PEM", help="Certificates to trust instead of the system's."),
+        click.option("--progress", type=click.Choice(MODES), default="auto", help="How to tell of layers.  [auto]"),
+        click.option("--json", "as_json", is_flag=True, help="The result in one line."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.command("convert")
+@click.argument("source")
+@click.argument("dest")
+@click.option("--compression", type=click.Choice(COMPRESSIONS), help="Default: copy the layers as they are.")
+@click.option("--level", type=int, metavar="N", help="0-12: gzip, estargz; 1-19: zstd.")
+@click.option("--chunk-size", type=Size(), default=DEFAULT_CHUNK_SIZE, metavar="N", help="Bytes per chunk.  [4MiB]")
+@click.option("--min-chunk-size", type=Size(), default=0, metavar="N", help="As for build.")
+@click.option(
+    "--base", metavar="REF", help="Keep the layers of this image as they are, where SOURCE begins with them ..."
+)
+@click.option("--force-compression", is_flag=True, help="... unless this is given.")
+@click.option("--platform", "platforms", multiple=True, metavar="OS/ARCH", help="Only this one; repeatable.")
+@click.option("--all-platforms", is_flag=True, help="The default.")
+@click.option(
+    "--attestations",
+    type=click.Choice(ATTESTATIONS),
+    default="repoint",
+    show_default=True,
+    help="What becomes of those about images that change.",
+)
+@click.option(
+    "--oci-mediatypes/--docker-mediatypes", "oci_types", default=None, help="Default: as they are, if possible."
+)
+@click.option("--tag", "tags", multiple=True, metavar="TAG", help="A further tag in DEST's repository; repeatable.")
+@shared_options
+def command(
+    source: str,
+    dest: str,
+    platforms: tuple[str, ...],
+    all_platforms: bool,
+    force_compression: bool,
+    reuse: bool,
+    cache: str | None,
+    threads: int | None,
+    memory: int | None,
+    insecure: bool,
+    ca_file: str | None,
+    progress: str,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Copy the image SOURCE to DEST, its layers in another compression.
+
+    Both read as skopeo writes them: docker://HOST/NAME:TAG, oci:DIR:TAG, oci-archive:FILE:TAG, docker-archive:FILE:NAME:TAG,
+    dir:DIR. Layers that have the wanted compression are kept; uncompressing a converted one gives the original's tar.
+    Attestations are copied as they are.
+    """
+    if platforms and all_platforms:
+        raise UsageError("give either --platform or --all-platforms")
+    with (
+        terminated_cleanly(),
+        layer_progress(progress) as report,
+        open_cache(reuse, cache) as store,
+        Registries(insecure=insecure, ca_file=ca_file) as registries,
+    ):
+        done = convert(
+            source,
+            dest,
+            platforms=platforms or None,
+            force=force_compression,
+            cache=store,
+            pool=Pool(threads, memory),
+            registries=registries,
+            report=report,
+            **options,
+        )
+    images = [
+        {"platform": str(image.platform), "digest": image.digest, "layers": described(image.layers)}
+        for image in done.images
+    ]
+    click.echo(json.dumps({**done.descriptor.document(), "images": images}, indent=None if as_json else 2))
+
+
+@contextmanager
+def open_cache(reuse: bool, directory: str | None) -> Iterator[VariantStore | None]:
+    """The cache, if one is wanted."""
+    if not reuse and directory is None:
+        yield None
+        return
+    with VariantStore(directory) as store:
+        yield store
+
+
+def described(layers: Sequence[MovedLayer]) -> list[dict[str, Any]]:
+    """Layers for people and programs that read the result."""
+    return [{**layer.descriptor.document(), "diffID": layer.diff_id, "action": layer.action} for layer in layers]

@@ -1,0 +1,164 @@
+"""estargz image: images put together and looked at."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from estargz.cli.build import recorded, standard_input, terminated_cleanly, warn_of
+from estargz.cli.convert import described, open_cache, shared_options
+from estargz.cli.progress import layer_progress
+from estargz.errors import UsageError
+from estargz.image.image import Image
+from estargz.image.output import Output
+from estargz.registry.client import Registries
+from estargz.writing.pool import Pool
+
+_LAYER_KEYS = ("lower", "overlay-lower", "prefetch", "record-in", "created-by")
+_LAYER_FLAGS = ("allow-missing", "no-landmark")
+
+
+@click.group("image")
+def command() -> None:
+    """Images: put together from layers."""
+
+
+@command.command("build")
+@click.option("--from", "base", metavar="REF", help="Begin with this image; without it, with nothing.")
+@click.option(
+    "--layer",
+    "layers",
+    multiple=True,
+    metavar="SOURCE[,KEY=VALUE...]",
+    help="Add a layer: a directory, a tar or - ; KEY is lower, overlay-lower, prefetch, record-in, created-by, allow-missing, "
+    "no-landmark. Repeatable.",
+)
+@click.option(
+    "--entrypoint", metavar="WORDS", help='What is run: words as for a shell, or a JSON array, ["/app", "-v"].'
+)
+@click.option("--cmd", metavar="WORDS", help="Its arguments, which who runs the image may replace.")
+@click.option("--env", multiple=True, metavar="NAME=VALUE", help="Repeatable.")
+@click.option("--workdir", metavar="PATH")
+@click.option("--user", metavar="USER[:GROUP]")
+@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Repeatable.")
+@click.option("--expose", multiple=True, metavar="PORT[/PROTOCOL]", help="Repeatable.")
+@click.option("--volume", "volumes", multiple=True, metavar="PATH", help="Repeatable.")
+@click.option("--stop-signal", metavar="SIGNAL")
+@click.option("--platform", metavar="OS/ARCH", help="Which of the images of --from, or what a new one is for.")
+@click.option(
+    "--output", required=True, metavar="SPEC", help="BuildKit's line, as type=image,name=HOST/NAME:TAG,push=true."
+)
+@shared_options
+def build(
+    base: str | None,
+    layers: tuple[str, ...],
+    entrypoint: str | None,
+    cmd: str | None,
+    env: tuple[str, ...],
+    labels: tuple[str, ...],
+    expose: tuple[str, ...],
+    volumes: tuple[str, ...],
+    platform: str | None,
+    output: str,
+    reuse: bool,
+    cache: str | None,
+    threads: int | None,
+    memory: int | None,
+    insecure: bool,
+    ca_file: str | None,
+    progress: str,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Put an image together and write it where --output says.
+
+    Layers are built in one pass, all at once, and go straight to a registry when they are pushed. Those of --from stay as
+    they are, unless --output has force-compression=true. SOURCE_DATE_EPOCH in the environment bounds all times.
+    """
+    wanted = Output.parse(output)
+    with (
+        terminated_cleanly(),
+        layer_progress(progress) as report,
+        open_cache(reuse, cache) as store,
+        Registries(insecure=insecure, ca_file=ca_file) as registries,
+        _begin(base, platform, registries) as image,
+    ):
+        for layer in layers:
+            image = _with_layer(image, layer)
+        image = image.config(
+            entrypoint=_words("--entrypoint", entrypoint),
+            cmd=_words("--cmd", cmd),
+            env=_pairs("--env", env),
+            labels=_pairs("--label", labels),
+            exposed_ports=expose or None,
+            volumes=volumes or None,
+            **settings,
+        )
+        done = image.export(wanted, cache=store, pool=Pool(threads, memory), report=report)
+    warn_of(done.missing)
+    document = {} if done.descriptor is None else done.descriptor.document()
+    result = {**document, "names": list(done.names), "layers": described(done.layers)}
+    to_stdout = wanted.type != "image" and wanted.type != "local" and wanted.dest is None
+    click.echo(json.dumps(result, indent=None if as_json else 2), err=to_stdout)
+
+
+def _begin(base: str | None, platform: str | None, registries: Registries) -> Image:
+    if base is None:
+        return Image.new(platform, registries=registries)
+    return Image.open(base, platform=platform, registries=registries)
+
+
+def _with_layer(image: Image, text: str) -> Image:
+    """SOURCE[,KEY=VALUE...]: one line of CSV, so that a path may have a comma."""
+    source, *fields = next(csv.reader([text], strict=True), [""])
+    values: dict[str, list[str]] = {key: [] for key in _LAYER_KEYS}
+    flags = set()
+    for field in fields:
+        key, _, value = field.partition("=")
+        if key in _LAYER_FLAGS and value in ("", "true"):
+            flags.add(key)
+        elif key in _LAYER_KEYS and value:
+            values[key].append(value)
+        else:
+            raise UsageError(
+                f"--layer {text}: {field!r} is not known; there are {', '.join(_LAYER_KEYS + _LAYER_FLAGS)}"
+            )
+    for key in ("lower", "created-by"):
+        if len(values[key]) > 1:
+            raise UsageError(f"--layer {text}: {key} is given twice")
+    return image.append(
+        standard_input() if source == "-" else source,
+        lower=values["lower"][0] if values["lower"] else None,
+        overlay_lower=values["overlay-lower"] or None,
+        prefetch=[*values["prefetch"], *(path for log in values["record-in"] for path in recorded(log))],
+        allow_missing="allow-missing" in flags,
+        landmark="no-landmark" not in flags,
+        **({"created_by": values["created-by"][0]} if values["created-by"] else {}),
+    )
+
+
+def _words(option: str, text: str | None) -> Sequence[str] | None:
+    if text is None:
+        return None
+    try:
+        words = json.loads(text) if text.lstrip().startswith("[") else shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f"{option} {text}: {error}; write words as for a shell, or a JSON array") from None
+    if not all(isinstance(word, str) for word in words):
+        raise UsageError(f"{option} {text}: is no array of texts")
+    return list(words)
+
+
+def _pairs(option: str, given: Sequence[str]) -> dict[str, str]:
+    pairs = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UsageError(f"{option} {text}: write {option} KEY=VALUE")
+        pairs[key] = value
+    return pairs
