@@ -34,7 +34,7 @@ STAGES: dict[str, tuple[list[str], list[str]]] = {
     "_layer": (["libcrypto"], []),
     "_toc": ([], []),
     "_pipeline": (["libisal", "libcrypto"], []),
-    "_codec": (["libisal", "libdeflate"], []),
+    "_codec": (["libisal", "libdeflate", "libzstd"], []),
     "_inflate": (["libisal", "libzstd", "libcrypto"], []),
     "_index": ([], []),
     "_record": ([], []),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 from conftest import missing
 from reference.blobs import member
 from tars import END, entry, everything, go_toc, judge, sha256
@@ -132,12 +134,13 @@ def test_through_pipes(tar: Path) -> None:
 # --- options
 
 
-@pytest.mark.parametrize("compression", ["estargz", "gzip", "uncompressed"])
+@pytest.mark.parametrize("compression", ["estargz", "gzip", "zstd", "uncompressed"])
 def test_compressions(tar: Path, tmp_path: Path, compression: str) -> None:
     found = built(tar, "-o", tmp_path / "blob", "--compression", compression)
     assert found == layer_of(tar, compression=compression).descriptor()
-    assert found["mediaType"].endswith("tar" if compression == "uncompressed" else "tar+gzip")
-    with tarfile.open(tmp_path / "blob") as archive:
+    assert found["mediaType"].endswith({"uncompressed": "tar", "zstd": "tar+zstd"}.get(compression, "tar+gzip"))
+    read = zstandard.open if compression == "zstd" else gzip.open if found["mediaType"].endswith("+gzip") else open
+    with read(tmp_path / "blob", "rb") as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
         assert "dir/file" in archive.getnames()
 
 
@@ -170,7 +173,9 @@ def test_threads_and_memory_do_not_show(tar: Path) -> None:
         ["--level", "13"],
         ["--level", "-1"],
         ["--level", "best"],
-        ["--compression", "zstd"],
+        ["--compression", "lzma"],
+        ["--compression", "zstd", "--level", "20"],
+        ["--compression", "zstd", "--memory", "16MiB"],
         ["--chunk-size", "0"],
         ["--chunk-size", "-1"],
         ["--chunk-size", "lots"],
@@ -240,7 +245,7 @@ def test_landmark(tree: Path, tmp_path: Path, peer: Path) -> None:
     judge(peer, blob, estargz.build(tree, io.BytesIO()))
     assert built(tree, "-o", blob, "--no-landmark", env=env) != with_landmark
     assert tar_in(blob) == go_tar(peer, tree)
-    for compression in ("gzip", "uncompressed"):
+    for compression in ("gzip", "zstd", "uncompressed"):
         assert built(tree, "-o", blob, "--compression", compression, env=env)["annotations"] == {
             "containerd.io/uncompressed": sha256(go_tar(peer, tree))
         }

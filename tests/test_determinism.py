@@ -28,7 +28,7 @@ from estargz import Writer
 pytestmark = pytest.mark.timeout(120)
 
 LEVELS = range(13)
-COMPRESSIONS = ["estargz", "gzip", "uncompressed"]
+COMPRESSIONS = ["estargz", "gzip", "zstd", "uncompressed"]
 MEMBERS = 8000
 
 
@@ -86,9 +86,27 @@ def test_threads_at_each_level(level: int) -> None:
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 def test_threads_and_memory(compression: str) -> None:
-    ways = [{"threads": threads} for threads in (1, 2, 3, 8)] + [{"memory": m << 20} for m in (22, 40, 500)]
-    ways += [{"threads": 8, "memory": 22 << 20}, {"threads": 1, "memory": 22 << 20}]
+    ways = [{"threads": threads} for threads in (1, 2, 3, 8)] + [{"memory": m << 20} for m in (30, 40, 500)]
+    ways += [{"threads": 8, "memory": 30 << 20}, {"threads": 1, "memory": 30 << 20}]
     assert len(digests(mixed(), ways, compression=compression)) == 1
+
+
+@functools.cache
+def several_frames() -> bytes:
+    """Some zstd frames of what the windows of one frame could find in another."""
+    return b"".join(entry(b"text%d" % i, natural_text()[: 2 << 20]) + mixed()[:-1024] for i in range(5)) + END
+
+
+@pytest.mark.parametrize("level", [1, 3, 5, 8, 13])
+def test_threads_at_levels_of_zstd(level: int) -> None:
+    """A worker's context is used again, after whatever it has compressed before."""
+    ways = [{"threads": threads} for threads in (1, 2, 3, 8)]
+    assert len(digests(several_frames(), ways, compression="zstd", level=level)) == 1
+
+
+def test_threads_at_the_slowest_level_of_zstd() -> None:
+    tar = entry(b"noise", random.Random(5).randbytes(19 << 20)) + mixed()
+    assert len(digests(tar, [{"threads": threads} for threads in (1, 3)], compression="zstd", level=19)) == 1
 
 
 @pytest.mark.parametrize("options", [{"chunk_size": 5000}, {"min_chunk_size": 20_000}, {"min_chunk_size": 3 << 20}])

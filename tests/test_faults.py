@@ -103,7 +103,7 @@ def test_full_disk_keeps_what_was_there(tiny_disk: Path) -> None:
     assert (tiny_disk / "blob").read_bytes() == b"old"
 
 
-@pytest.mark.parametrize("compression", ["estargz", "gzip", "uncompressed"])
+@pytest.mark.parametrize("compression", ["estargz", "gzip", "zstd", "uncompressed"])
 def test_file_size_limit(tmp_path: Path, compression: str) -> None:
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import missing
 
 from estargz import UsageError, options
-from estargz.options import Options, parse_size, usable_threads
+from estargz.options import Options, encoder, parse_size, resolve_level, usable_threads
 
 
 @pytest.mark.parametrize(
@@ -49,8 +52,8 @@ def test_what_is_no_size(text: str) -> None:
 
 
 RANGES: dict[str, tuple[list[Any], list[Any]]] = {
-    "compression": (["estargz", "gzip", "uncompressed"], ["zstd", "", "ESTARGZ", None]),
-    "level": ([0, 12], [-1, 13, 2.0, "2", True, None]),
+    "compression": (["estargz", "gzip", "zstd", "uncompressed"], ["zstd:chunked", "", "ESTARGZ", None]),
+    "level": ([None, 0, 12], [-1, 13, 2.0, "2", True]),
     "chunk_size": ([1, 4096, 1 << 30], [0, -1, (1 << 30) + 1, 1.5, None]),
     "min_chunk_size": ([0, 1, 1 << 30], [-1, (1 << 30) + 1, None]),
     "threads": ([None, 1, 1024], [0, -1, 1025, 1.0, "4", True]),
@@ -72,6 +75,38 @@ def test_ranges(name: str) -> None:
 def test_wrong_options_are_value_errors() -> None:
     with pytest.raises(ValueError, match="from 0 to 12"):
         Options(level=99)
+
+
+def test_levels_of_zstd() -> None:
+    for level in range(1, 20):
+        assert Options(compression="zstd", level=level).kernel_arguments()["level"] == level
+    for level in (-1, 20, 3.0, True):
+        with pytest.raises(UsageError, match="the level of compression zstd must be a whole number from 0 to 19, not"):
+            Options(compression="zstd", level=level)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("compression", "default", "zero"), [("estargz", 2, 0), ("gzip", 2, 0), ("zstd", 3, 3)])
+def test_levels_that_are_not_given(compression: str, default: int, zero: int) -> None:
+    assert Options(compression=compression).kernel_arguments()["level"] == resolve_level(compression) == default
+    assert Options(compression=compression, level=0).kernel_arguments()["level"] == zero
+
+
+def pkg_config_version(library: str) -> str:
+    if shutil.which("pkg-config") is None:
+        missing("pkg-config is not installed")
+    command = ["pkg-config", "--modversion", library]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_encoders() -> None:
+    isal, libdeflate = f"isal-{pkg_config_version('libisal')}", f"libdeflate-{pkg_config_version('libdeflate')}"
+    assert {encoder("zstd", level) for level in (1, 19, None)} == {f"libzstd-{pkg_config_version('libzstd')}"}
+    assert encoder("uncompressed") == "none"
+    assert encoder("estargz") == encoder("gzip") == encoder("gzip", 0) == encoder("gzip", 3) == isal
+    assert encoder("gzip", 4) == encoder("gzip", 12) == libdeflate
+    assert encoder("estargz", 4) == f"{libdeflate}+{isal}"  # the table of contents is ISA-L's at every level
+    with pytest.raises(UsageError, match="from 0 to 12"):
+        encoder("gzip", 13)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 64, 1024])

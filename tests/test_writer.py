@@ -25,6 +25,7 @@ import pytest
 import zstandard
 from conftest import missing
 from reference.blobs import legacy_footer, member, tar_of, toc_tar
+from reference.peer import report
 from reference.tar_headers import meta, padded, pax, plain_header, raw_header, record
 from tars import (
     END,
@@ -59,6 +60,10 @@ MIXED = tar_of(
 
 def zstd(data: bytes) -> bytes:
     return zstandard.ZstdCompressor().compress(data)
+
+
+def unzstd(data: bytes) -> bytes:
+    return zstandard.ZstdDecompressor().stream_reader(data, read_across_frames=True).read()
 
 
 PACKED: dict[str, Callable[[bytes], bytes]] = {
@@ -245,12 +250,12 @@ def test_the_stream_comes_back(peer: Path, tmp_path: Path, ending: str) -> None:
         judge(peer, blob, layer)
 
 
-@pytest.mark.parametrize("compression", ["gzip", "uncompressed"])
+@pytest.mark.parametrize("compression", ["gzip", "zstd", "uncompressed"])
 @pytest.mark.parametrize("ending", endings())
 def test_the_stream_is_all_there_is(ending: str, compression: str) -> None:
     tar = endings()[ending]
     layer, blob = blob_of(tar, compression=compression)
-    assert (gzip.decompress(blob) if compression == "gzip" else blob) == tar
+    assert {"gzip": gzip.decompress, "zstd": unzstd}.get(compression, bytes)(blob) == tar
     assert (layer.diff_id, layer.uncompressed_size, layer.toc_digest) == (sha256(tar), len(tar), None)
     assert layer.annotations == {"containerd.io/uncompressed": layer.diff_id}
 
@@ -310,6 +315,78 @@ def test_the_digest_of_a_tree_alone(peer: Path, tmp_path: Path) -> None:
         assert blob_of(source, landmark=False)[0].tar_digest == plain.diff_id
 
 
+# --- zstd
+
+
+def frames(blob: bytes) -> list[tuple[int, bytes]]:
+    """Of each frame the size that its header states, and what is in it. Every frame must have a checksum."""
+    found = []
+    while blob:
+        header = zstandard.get_frame_parameters(blob)
+        assert header.has_checksum
+        inflating = zstandard.ZstdDecompressor().decompressobj()
+        found.append((header.content_size, inflating.decompress(blob)))
+        assert inflating.eof
+        blob = inflating.unused_data
+    return found
+
+
+def large_tar() -> bytes:
+    return b"".join(entry(b"f%d" % i, RNG.randbytes(40_000) * 40) for i in range(16)) + END
+
+
+@pytest.mark.parametrize("level", [None, 1, 19])
+def test_frames(level: int | None) -> None:
+    tar = large_tar()
+    made = frames(blob_of(tar, compression="zstd", level=level)[1])
+    assert b"".join(data for _, data in made) == tar
+    assert [size for size, _ in made] == [len(data) for _, data in made]
+    least = (8 if level == 19 else 4) << 20
+    assert all(least <= size < least + (3 << 20) for size, _ in made[:-1])
+    assert len(made) == {None: 6, 1: 6, 19: 3}[level]
+
+
+@pytest.mark.parametrize("level", [*range(20), None])
+def test_levels_of_zstd(level: int | None) -> None:
+    for tar in (END, TAR, MIXED):
+        layer, blob = blob_of(tar, compression="zstd", level=level)
+        assert unzstd(blob) == tar
+        assert layer.media_type == "application/vnd.oci.image.layer.v1.tar+zstd"
+        assert blob == blob_of(tar, compression="zstd", level=level or 3)[1]
+
+
+def test_zstd_as_others_read_it(peer: Path, tmp_path: Path) -> None:
+    tar = large_tar()
+    layer = estargz.build(io.BytesIO(tar), tmp_path / "blob", compression="zstd")
+    if shutil.which("zstd") is None:
+        missing("zstd is not installed")
+    subprocess.run(["zstd", "--test", "--quiet", tmp_path / "blob"], check=True)
+    assert subprocess.run(["zstd", "-dc", tmp_path / "blob"], check=True, capture_output=True).stdout == tar
+    (tmp_path / "go").mkdir()
+    found = report(peer, "apply", "-no-same-owner", tmp_path / "blob", tmp_path / "go")
+    assert found["diff_ids"] == [layer.diff_id] == [sha256(tar)]
+    assert len(list((tmp_path / "go").iterdir())) == 16
+
+
+def test_zstd_as_this_package_reads_it(tmp_path: Path) -> None:
+    tar = large_tar()
+    layer = estargz.build(io.BytesIO(tar), tmp_path / "blob", compression="zstd", threads=3)
+    assert estargz.verify(tmp_path / "blob", diff_id=layer.diff_id).uncompressed_size == len(tar)
+    estargz.extract(tmp_path / "blob", tmp_path / "tree")
+    assert len(list((tmp_path / "tree").iterdir())) == 16
+    assert estargz.build(tmp_path / "blob", io.BytesIO(), compression="zstd") == layer
+    assert estargz.build(tmp_path / "blob", io.BytesIO()).tar_digest == layer.tar_digest
+
+
+def test_memory_for_zstd() -> None:
+    for level, least in ((16, 14 << 20), (17, 22 << 20)):
+        with pytest.raises(
+            UsageError, match=rf"too small for compression zstd at level {level}: give at least \d+ bytes"
+        ):
+            blob_of(TAR, compression="zstd", level=level, memory=least)
+        blob_of(TAR, compression="zstd", level=level, memory=least * 21 // 10)
+
+
 # --- what is refused
 
 
@@ -334,7 +411,7 @@ FRONT = entry(b"front", b"f" * 600)
 
 
 @pytest.mark.parametrize("typeflag", [b"7", b"V", b"D", b"S", b"M", b"N", b"A", b"8", b"\xff"])
-@pytest.mark.parametrize("compression", ["estargz", "gzip", "uncompressed"])
+@pytest.mark.parametrize("compression", MEDIA_TYPES)
 def test_types_that_no_layer_holds(typeflag: bytes, compression: str) -> None:
     what = "sparse entry" if typeflag == b"S" else "entry type"
     bad = entry(b"some/thing", type=typeflag)
@@ -661,7 +738,14 @@ def test_a_failed_close_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_options_are_checked_before_the_destination(tmp_path: Path) -> None:
-    for options in ({"level": 13}, {"compression": "zstd"}, {"chunk_size": 0}, {"threads": 0}, {"memory": 1}):
+    for options in (
+        {"level": 13},
+        {"compression": "zst"},
+        {"compression": "zstd", "level": 20},
+        {"chunk_size": 0},
+        {"threads": 0},
+        {"memory": 1},
+    ):
         with nothing_leaks(), pytest.raises(UsageError):
             Writer(tmp_path / "blob", **options)  # type: ignore[arg-type]
     with pytest.raises(TypeError):
@@ -693,12 +777,16 @@ GZIP_TYPES = [
     "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip",
 ]
 PLAIN_TYPES = ["application/vnd.oci.image.layer.v1.tar", "application/vnd.docker.image.rootfs.diff.tar"]
-ZSTD_TYPES = ["application/vnd.oci.image.layer.v1.tar+zstd"]
+ZSTD_TYPES = [
+    "application/vnd.oci.image.layer.v1.tar+zstd",
+    "application/vnd.oci.image.layer.nondistributable.v1.tar+zstd",
+    "application/vnd.docker.image.rootfs.diff.tar.zstd",
+]
 
 
-@pytest.mark.parametrize("compression", ["estargz", "gzip", "uncompressed"])
+@pytest.mark.parametrize("compression", MEDIA_TYPES)
 def test_compressor_media_types(compression: str) -> None:
-    right = PLAIN_TYPES if compression == "uncompressed" else GZIP_TYPES
+    right = {"uncompressed": PLAIN_TYPES, "zstd": ZSTD_TYPES}.get(compression, GZIP_TYPES)
     compressor = Compressor(compression=compression)
     for media_type in right:
         sink = io.BytesIO()

@@ -19,7 +19,7 @@ from posix.unistd cimport read
 cdef extern from "<unistd.h>" nogil:
     ssize_t pread(int handle, void *data, size_t size, int64_t offset)
 
-from estargz._codec cimport CODEC_COPY, CODEC_GZIP, CODEC_NONE
+from estargz._codec cimport CODEC_COPY, CODEC_GZIP, CODEC_NONE, CODEC_ZSTD, compresses
 from estargz._memory cimport buffer, buffer_append, buffer_free, map_free, map_insert
 from estargz._pipeline cimport BATCH_PIECE, STAGE_TOC, Pipeline, batch, chunk_span, file_fill, member_span, set_failure
 from estargz._rows cimport (
@@ -39,6 +39,9 @@ cdef enum:
     BATCH_TARGET = 1 << 20              # a batch ends at the first member end behind this; 256 KiB to 1 MiB measure alike
     RUN_LIMIT = (1 << 20) + (1 << 16)   # more than the largest extended header
     PLAIN_MEMBER = 1 << 20              # member size of a plain gzip layer: 0.1 % larger than one single member
+    ZSTD_FRAME = 4 << 20                # ... of a zstd layer (docs/format.md), as large as most levels' windows are at most
+    ZSTD_FRAME_LARGE = 8 << 20          # ... at levels whose window is twice that
+    ZSTD_LEVEL_LARGE = 17
     PIECE_SIZE = 256 << 10              # of the table of contents, so that a small one still keeps several threads busy
     FOOTER_SIZE = 51
     MEMBERS_MOST = 8192                 # in a batch: each costs up to MEMBER_OVERHEAD bytes of its output buffer
@@ -56,7 +59,14 @@ EMPTY_DIGEST[:] = list(bytes.fromhex("e3b0c44298fc1c149afbf4c8996fb92427ae41e464
 cdef uint8_t ZEROS[1024]
 memset(ZEROS, 0, 1024)
 
-CODECS = {"none": CODEC_NONE, "uncompressed": CODEC_COPY, "gzip": CODEC_GZIP, "estargz": CODEC_GZIP}
+CODECS = {"none": CODEC_NONE, "uncompressed": CODEC_COPY, "gzip": CODEC_GZIP, "zstd": CODEC_ZSTD, "estargz": CODEC_GZIP}
+
+
+cdef size_t plain_member(int codec, int level) noexcept nogil:
+    """Bytes that a member holds before another one begins, where nobody but the compressor cares."""
+    if codec != CODEC_ZSTD:
+        return PLAIN_MEMBER
+    return ZSTD_FRAME if level < ZSTD_LEVEL_LARGE else ZSTD_FRAME_LARGE
 
 
 cdef inline size_t padding_of(int64_t size) noexcept nogil:
@@ -104,8 +114,8 @@ cdef tar_entry small_file(bytes name, int64_t size) noexcept:
 cdef class LayerBuilder:
     """Builds one layer from entries or from a tar stream.
 
-    compression: "estargz", "gzip", "uncompressed" or "none" (digests only); level 0..12; chunk_size and min_chunk_size in
-    bytes, for eStargz; threads >= 1; memory: bytes that batches may take; producer_helps, write, output, progress, parts:
+    compression: "estargz", "gzip", "zstd", "uncompressed" or "none" (digests only); level 0..12, of zstd 1..19; chunk_size and
+    min_chunk_size in bytes, for eStargz; threads >= 1; memory: bytes that batches may take; producer_helps, write, output, progress, parts:
     see Pipeline. UsageError when the options cannot be honoured together.
     """
 
@@ -113,23 +123,26 @@ cdef class LayerBuilder:
                   int64_t memory, bint producer_helps, write=None, str output="output", progress=None, parts=None):
         cdef size_t capacity
         cdef int64_t slot_size, slots
+        cdef int codec = CODECS[compression]
         self.indexed = compression == "estargz"
         self.keep_rows = compression in ("estargz", "none")
         self.chunk_size = chunk_size if self.keep_rows else PLAIN_MEMBER
-        self.member_minimum = min_chunk_size if self.indexed else 0 if self.keep_rows else PLAIN_MEMBER
+        self.member_minimum = min_chunk_size if self.indexed else 0 if self.keep_rows else plain_member(codec, level)
         self.member_maximum = self.member_minimum + self.chunk_size + RUN_LIMIT
         # A batch is closed when it has not room for the longest member that may come; small chunks must not close it early.
         capacity = self.member_maximum + (BATCH_TARGET if self.member_minimum or self.chunk_size < BATCH_TARGET else 0)
         if capacity > 0x7FFFFFFF:
             raise UsageError("chunk size and minimum chunk size together exceed 2 GiB; choose smaller ones")
-        slot_size = capacity * (2 if CODECS[compression] == CODEC_GZIP else 1)
+        slot_size = capacity * (2 if compresses(codec) else 1)
         slots = memory // slot_size
         if slots < 2:
+            what, remedy = f"chunks of {chunk_size} bytes", ", or smaller chunks"
+            if not self.keep_rows:
+                what, remedy = f"compression {compression} at level {level}", ""
             raise UsageError(
-                f"a memory budget of {memory} bytes is too small for chunks of {chunk_size} bytes: "
-                f"give at least {2 * slot_size} bytes, or smaller chunks"
+                f"a memory budget of {memory} bytes is too small for {what}: give at least {2 * slot_size} bytes{remedy}"
             )
-        self.pipeline = Pipeline(CODECS[compression], level, capacity, min(slots, 4 * threads + 4), threads,
+        self.pipeline = Pipeline(codec, level, capacity, min(slots, 4 * threads + 4), threads,
                                  producer_helps, self.keep_rows, write, output, progress, MEMBERS_MOST, parts)
         if tar_parser_init(&self.parser) != EST_OK:
             raise MemoryError

@@ -23,7 +23,7 @@ from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 from posix.unistd cimport close, pread, write
 
 from estargz._codec cimport (
-    CODEC_COPY, CODEC_GZIP, CODEC_NONE, PIECE_MARGIN, compressor_close, compressor_open, member_bound, member_write, piece_write,
+    CODEC_COPY, CODEC_NONE, PIECE_MARGIN, compresses, compressor_close, compressor_open, member_bound, member_write, piece_write,
 )
 from estargz._files cimport directory_cache_close, directory_cache_init, open_cached
 from estargz._memory cimport buffer_append, buffer_free
@@ -134,7 +134,7 @@ cdef class Pipeline:
                 raise ValueError(f"no part {name!r}; there are {', '.join(PARTS)}")
             self.parts |= PARTS[name]
         self.raw_capacity = raw_capacity
-        self.out_capacity = member_bound(raw_capacity) + PIECE_MARGIN + members_most * MEMBER_OVERHEAD
+        self.out_capacity = member_bound(codec, raw_capacity) + PIECE_MARGIN + members_most * MEMBER_OVERHEAD
         self.threads = threads
         self.slot_count = slot_count
         self.producer_helps = producer_helps
@@ -544,7 +544,7 @@ cdef class Pipeline:
         cdef ssize_t written
         cdef size_t i
         b.out_size = 0
-        if self.codec != CODEC_GZIP:
+        if not compresses(self.codec):
             return EST_OK
         if b.kind == BATCH_PIECE:
             if b.first_piece:
@@ -582,13 +582,13 @@ cdef class Pipeline:
 
     cdef size_t blob_part(self, const batch *b) noexcept nogil:
         """Bytes of the blob that a batch makes; without a codec the stream itself counts as the blob."""
-        return b.out_size if self.codec == CODEC_GZIP else b.raw_size
+        return b.out_size if compresses(self.codec) else b.raw_size
 
     cdef int write_batch(self, batch *b) noexcept nogil:
         cdef size_t size = self.blob_part(b)
         cdef int code = EST_OK
         if size and self.codec != CODEC_NONE and self.parts & PART_WRITE:
-            code = self.write_out(b.out if self.codec == CODEC_GZIP else b.raw, size)
+            code = self.write_out(b.out if compresses(self.codec) else b.raw, size)
         if code:
             self.describe_sink_failure(code, &b.failure)
             return code
@@ -607,7 +607,7 @@ cdef class Pipeline:
             jobs[count].data = b.raw
             jobs[count].size = b.raw_size
             count += 1
-        if self.codec == CODEC_GZIP and self.parts & PART_BLOB_HASH:
+        if compresses(self.codec) and self.parts & PART_BLOB_HASH:
             jobs[count].stream = &self.blob_hash
             jobs[count].data = b.out
             jobs[count].size = b.out_size
@@ -765,7 +765,7 @@ cdef class Pipeline:
     def extent(self):
         """What the batches were: how many, how many at once, and the bytes that the budget counts for each."""
         return {"batches": self.produced, "slots": self.slot_count,
-                "slot_bytes": self.raw_capacity * (2 if self.codec == CODEC_GZIP else 1)}
+                "slot_bytes": self.raw_capacity * (2 if compresses(self.codec) else 1)}
 
     def tables(self):
         """(rows, chunks, strings) as bytes: toc_row and chunk_row structs and the strings the rows point into."""
@@ -796,7 +796,7 @@ cdef bint open_batch(batch *b, size_t raw_capacity, size_t out_capacity, int cod
     """An empty batch with its memory; memory once taken is used again."""
     if b.raw == NULL:
         b.raw = <uint8_t *>malloc(raw_capacity)
-    if b.out == NULL and codec == CODEC_GZIP:
+    if b.out == NULL and compresses(codec):
         b.out = <uint8_t *>malloc(out_capacity)
     b.kind = BATCH_MEMBERS
     b.raw_size = 0
@@ -809,7 +809,7 @@ cdef bint open_batch(batch *b, size_t raw_capacity, size_t out_capacity, int cod
     b.strings.size = 0
     b.tar_hashed = False
     b.failure.code = EST_OK
-    return b.raw != NULL and (b.out != NULL or codec != CODEC_GZIP)
+    return b.raw != NULL and (b.out != NULL or not compresses(codec))
 
 
 cdef void free_batch(batch *b) noexcept nogil:

@@ -1,5 +1,6 @@
 # Extern declarations of libdeflate >= 1.14 (https://github.com/ebiggers/libdeflate), compression only.
 cdef extern from "libdeflate.h" nogil:
+    const char *LIBDEFLATE_VERSION_STRING
     struct libdeflate_compressor:
         pass
     libdeflate_compressor *libdeflate_alloc_compressor(int level)

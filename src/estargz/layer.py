@@ -11,7 +11,12 @@ __all__ = ["MEDIA_TYPES", "Layer"]
 OCI_LAYER = "application/vnd.oci.image.layer.v1.tar"
 
 # compression type -> media type; eStargz is gzip to everybody who does not know better
-MEDIA_TYPES = {"estargz": f"{OCI_LAYER}+gzip", "gzip": f"{OCI_LAYER}+gzip", "uncompressed": OCI_LAYER}
+MEDIA_TYPES = {
+    "estargz": f"{OCI_LAYER}+gzip",
+    "gzip": f"{OCI_LAYER}+gzip",
+    "zstd": f"{OCI_LAYER}+zstd",
+    "uncompressed": OCI_LAYER,
+}
 
 TOC_DIGEST = "containerd.io/snapshot/stargz/toc.digest"
 UNCOMPRESSED_SIZE = "io.containers.estargz.uncompressed-size"
@@ -23,7 +28,7 @@ class Layer:
     """A finished layer. Digests read ``sha256:<64 hex digits>``; sizes are bytes."""
 
     compression: str
-    """``estargz``, ``gzip`` or ``uncompressed``."""
+    """``estargz``, ``gzip``, ``zstd`` or ``uncompressed``."""
     media_type: str
     digest: str
     """Of the blob as written."""

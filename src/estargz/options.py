@@ -13,7 +13,19 @@ from typing import Any
 from estargz.errors import UsageError
 from estargz.layer import MEDIA_TYPES
 
-__all__ = ["DEFAULT_CHUNK_SIZE", "DEFAULT_LEVEL", "MAX_LEVEL", "Options", "Progress", "parse_size", "usable_threads"]
+__all__ = [
+    "DEFAULT_CHUNK_SIZE",
+    "DEFAULT_LEVEL",
+    "DEFAULT_ZSTD_LEVEL",
+    "MAX_LEVEL",
+    "MAX_ZSTD_LEVEL",
+    "Options",
+    "Progress",
+    "encoder",
+    "parse_size",
+    "resolve_level",
+    "usable_threads",
+]
 
 Progress = Callable[[int], Any]
 """Is given the uncompressed bytes done so far, about ten times a second, in the thread that builds."""
@@ -21,6 +33,11 @@ Progress = Callable[[int], Any]
 MAX_LEVEL = 12
 DEFAULT_LEVEL = 2
 """The best ratio of those ISA-L levels that cost no more than level 1 (bench/bench_member.py)."""
+
+MAX_ZSTD_LEVEL = 19
+"""Higher ones only widen the window beyond what a frame here holds, and what decoders must accept."""
+DEFAULT_ZSTD_LEVEL = 3
+"""libzstd's own, also meant by level 0."""
 
 DEFAULT_CHUNK_SIZE = 4 << 20
 """4 MiB: what the eStargz libraries use, so that readers' caches fit."""
@@ -82,6 +99,38 @@ def usable_threads() -> int:
     return max(1, math.ceil(cpus))
 
 
+def resolve_level(compression: str, level: int | None = None) -> int:
+    """The level that ``level`` means to ``compression``: None, and 0 for zstd, mean its default.
+
+    Raises:
+        UsageError: the compression has no such level.
+    """
+    most, default = (MAX_ZSTD_LEVEL, DEFAULT_ZSTD_LEVEL) if compression == "zstd" else (MAX_LEVEL, DEFAULT_LEVEL)
+    if level is None:
+        return default
+    _check(f"the level of compression {compression}", level, 0, most)
+    return level or (default if compression == "zstd" else 0)
+
+
+def encoder(compression: str, level: int | None = None) -> str:
+    """The libraries that a layer's compressed bytes come from, with their versions, as ``isal-2.30.0``; or ``none``.
+
+    While it stays the same, the same version of this package writes the same bytes on the same kind of CPU. libzstd's version
+    is that of the library at run time, the others' those they were compiled with.
+
+    Raises:
+        UsageError: the compression has no such level.
+    """
+    from estargz import _codec  # only when asked: the compiled stages are slow to load
+
+    return _codec.encoder(compression, resolve_level(compression, level))
+
+
+def _check(name: str, value: int, least: int, most: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise UsageError(f"{name} must be a whole number from {least} to {most}, not {value!r}")
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """How a layer is written. Everything but ``threads``, ``memory`` and ``progress`` shapes its bytes.
@@ -91,9 +140,10 @@ class Options:
     """
 
     compression: str = "estargz"
-    """``estargz``, ``gzip`` or ``uncompressed``."""
-    level: int = DEFAULT_LEVEL
-    """0..3: ISA-L's levels; 4..12: libdeflate's. Higher is slower and, on ordinary trees, smaller."""
+    """``estargz``, ``gzip``, ``zstd`` or ``uncompressed``."""
+    level: int | None = None
+    """0..3: ISA-L's levels, 4..12: libdeflate's; of zstd 1..19. Higher is slower and, on ordinary trees, smaller. None: 2, of
+    zstd 3."""
     chunk_size: int = DEFAULT_CHUNK_SIZE
     """Bytes of a file's payload per member, 1..2**30; eStargz only."""
     min_chunk_size: int = 0
@@ -107,18 +157,13 @@ class Options:
     def __post_init__(self) -> None:
         if self.compression not in MEDIA_TYPES:
             raise UsageError(f"unknown compression {self.compression!r}: choose {', '.join(MEDIA_TYPES)}")
-        self._check("level", self.level, 0, MAX_LEVEL)
-        self._check("chunk_size", self.chunk_size, 1, MAX_CHUNK_SIZE)
-        self._check("min_chunk_size", self.min_chunk_size, 0, MAX_CHUNK_SIZE)
+        resolve_level(self.compression, self.level)
+        _check("chunk_size", self.chunk_size, 1, MAX_CHUNK_SIZE)
+        _check("min_chunk_size", self.min_chunk_size, 0, MAX_CHUNK_SIZE)
         if self.threads is not None:
-            self._check("threads", self.threads, 1, MAX_THREADS)
+            _check("threads", self.threads, 1, MAX_THREADS)
         if self.memory is not None:
-            self._check("memory", self.memory, 1, 1 << 50)
-
-    @staticmethod
-    def _check(name: str, value: int, least: int, most: int) -> None:
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-            raise UsageError(f"{name} must be a whole number from {least} to {most}, not {value!r}")
+            _check("memory", self.memory, 1, 1 << 50)
 
     def kernel_arguments(self) -> dict[str, Any]:
         """The keyword arguments of the builder kernel."""
@@ -126,7 +171,7 @@ class Options:
         slot = 2 * (self.chunk_size + self.min_chunk_size + (4 << 20))
         return {
             "compression": self.compression,
-            "level": self.level,
+            "level": resolve_level(self.compression, self.level),
             "chunk_size": self.chunk_size,
             "min_chunk_size": self.min_chunk_size,
             "threads": threads,

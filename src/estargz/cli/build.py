@@ -18,7 +18,7 @@ import click
 
 from estargz.errors import UsageError
 from estargz.layer import MEDIA_TYPES, Layer
-from estargz.options import DEFAULT_CHUNK_SIZE, DEFAULT_LEVEL, MAX_LEVEL, Progress, parse_size
+from estargz.options import DEFAULT_CHUNK_SIZE, DEFAULT_LEVEL, DEFAULT_ZSTD_LEVEL, Progress, parse_size
 from estargz.writing.access_log import AccessLog, read_access_log
 from estargz.writing.building import build
 from estargz.writing.sink import DescriptorSink
@@ -51,11 +51,9 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.
 @click.option("--compression", type=click.Choice(list(MEDIA_TYPES)), default="estargz", show_default=True)
 @click.option(
     "--level",
-    type=click.IntRange(0, MAX_LEVEL),
-    default=DEFAULT_LEVEL,
-    show_default=True,
+    type=int,
     metavar="N",
-    help="0-3: ISA-L, fast; 4-12: libdeflate, small.",
+    help=f"0-3: ISA-L, fast; 4-12: libdeflate, small; zstd: 1-19.  [{DEFAULT_LEVEL}; zstd: {DEFAULT_ZSTD_LEVEL}]",
 )
 @click.option("--chunk-size", type=Size(), default=DEFAULT_CHUNK_SIZE, metavar="N", help="Bytes per chunk.  [4MiB]")
 @click.option(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from estargz._layer import LayerBuilder
 from estargz.errors import UsageError
 from estargz.layer import Layer
-from estargz.options import DEFAULT_CHUNK_SIZE, DEFAULT_LEVEL, Options, Progress
+from estargz.options import DEFAULT_CHUNK_SIZE, Options, Progress
 from estargz.writing.priority import Priority
 from estargz.writing.sink import Destination, open_sink
 from estargz.writing.source import PathLike, Readable, TarSource, open_source, opened
@@ -23,7 +23,7 @@ def build(
     lower: PathLike | None = None,
     overlay_lower: Sequence[PathLike] | None = None,
     compression: str = "estargz",
-    level: int = DEFAULT_LEVEL,
+    level: int | None = None,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
     min_chunk_size: int = 0,
     threads: int | None = None,
@@ -41,8 +41,8 @@ def build(
         dest: a path, which appears only when everything has succeeded, or an object with ``write(bytes)``.
         lower: the directory that a source directory is compared with; the layer then holds the changes only.
         overlay_lower: the lower directories of an overlayfs, topmost first, when the source is its upperdir.
-        compression: ``estargz``, ``gzip`` or ``uncompressed``.
-        level: 0..3 ISA-L's, 4..12 libdeflate's; higher is smaller and slower.
+        compression: ``estargz``, ``gzip``, ``zstd`` or ``uncompressed``.
+        level: 0..3 ISA-L's, 4..12 libdeflate's, of zstd 1..19; higher is smaller and slower. None for 2, of zstd 3.
         chunk_size: bytes of a file per member, 1..2**30.
         min_chunk_size: bytes that a member holds before a chunk begins another, 0..2**30. Layers made with it need
             readers that know inner offsets; containers/storage does not.

@@ -140,6 +140,11 @@ class Writer:
             self.abort()
 
 
+def stream_type(media_type: str) -> str:
+    """``gzip``, ``zstd``, or nothing: what OCI's and Docker's media types of layers say at their end."""
+    return next((kind for kind in ("gzip", "zstd") if media_type.endswith((f"+{kind}", f".{kind}"))), "")
+
+
 class Compressor:
     """A differ's compressor callback: ``compressor(dest, media_type)`` gives the writer that the differ fills and closes;
     ``finalize`` then gives the layer with its descriptor and annotations. It may serve several layers at once.
@@ -160,8 +165,7 @@ class Compressor:
 
     def __call__(self, dest: Destination, media_type: str) -> Writer:
         """A writer for one layer. Raises UsageError when the media type does not say what will be written."""
-        gzip_wanted = media_type.endswith(("+gzip", ".gzip"))
-        if gzip_wanted != (self._compression != "uncompressed") or media_type.endswith("+zstd"):
+        if stream_type(media_type) != stream_type(MEDIA_TYPES[self._compression]):
             raise UsageError(f"media type {media_type!r} is not one of {self._compression} layers")
         self._latest = Writer(dest, media_type=media_type, **self._options)
         return self._latest
