@@ -363,7 +363,9 @@ class _Spool:
             ) from error
 
     def close(self) -> None:
-        os.close(self.fd)
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
 
 class _SpooledUpload:

@@ -83,14 +83,13 @@ class BlobFolder:
             raise ImageError(f"{self.name}: blob {descriptor.digest} is missing; copy the image again") from None
         except OSError as error:
             raise SourceError(f"{path}: cannot be opened: {error.strerror}; check its rights") from error
-        file = io.FileIO(handle, "rb")
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode) or status.st_size != descriptor.size:
-            file.close()
+            os.close(handle)
             raise VerificationError(
                 f"{self.name}: blob {descriptor.digest} is no file of {descriptor.size} bytes; copy the image again"
             )
-        return file
+        return io.FileIO(handle, "rb")
 
     def open(self, descriptor: Descriptor) -> BlobReader:
         """The blob from its start, checked as it is read."""

@@ -105,7 +105,9 @@ class Tarball:
         return os.pread(self.fd, member.size, member.offset)
 
     def close(self) -> None:
-        os.close(self.fd)
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
     # ---------------------------------------------------------------------------------------------- headers
 
