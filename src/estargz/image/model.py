@@ -247,7 +247,7 @@ class Platform:
     def parse(cls, text: str) -> Self:
         """``linux/arm64``, ``linux/arm/v7``; names of other systems (aarch64, x86_64) are translated. Raises ImageError."""
         parts = text.strip().lower().split("/")
-        if not 2 <= len(parts) <= 3 or not all(re.fullmatch(r"[a-z0-9_.-]+", part) for part in parts):
+        if not 2 <= len(parts) <= 3 or not all(re.fullmatch(r"[a-z0-9_-]+", part) for part in parts):
             raise ImageError(
                 f"{text!r} is no platform: write OS/ARCHITECTURE or OS/ARCHITECTURE/VARIANT, as linux/arm64"
             )

@@ -31,7 +31,7 @@ _MAX_ZSTD_LEVEL = 19
 _MAX_EPOCH = 253402300799  # the end of the year 9999, beyond which RFC 3339 has no dates
 
 _FIELD = re.compile(r'"((?:[^"]|"")*)"|([^",]*)')
-_ANNOTATION = re.compile(r"annotation(?:-([a-z-]+))?(?:\[([A-Za-z0-9_/.-]+)\])?\.(\S+)")
+_ANNOTATION = re.compile(r"annotation(?:-([a-z-]+))?(?:\[([A-Za-z0-9_/-]+)\])?\.(\S+)")
 
 
 @dataclass(frozen=True, slots=True)
