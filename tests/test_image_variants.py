@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import json
 import multiprocessing
@@ -122,7 +123,7 @@ def test_a_layer_is_found_again_with_all_that_is_known_of_it(cache: Path) -> Non
         toc_digest=digest(b"table"),
         tar_digest=plain.tar_digest,
         prefetch_size=512,
-        missing=("etc/\N{SNOWMAN}", "*"),
+        missing=("etc/\N{SNOWMAN}", "no/utf-8/\udcff"),
         stages={"hash": 0.5},
     )
     with VariantStore(cache) as store:
@@ -145,7 +146,10 @@ def written(path: Path, **options: Any) -> bytes:
     ("one", "other"),
     [
         ({"compression": "gzip", "chunk_size": 5000}, {"compression": "gzip", "min_chunk_size": 9}),
+        ({"compression": "zstd", "chunk_size": 5000}, {"compression": "zstd", "min_chunk_size": 9}),
+        ({"compression": "zstd", "level": 3}, {"compression": "zstd"}),
         ({"compression": "uncompressed", "level": 1}, {"compression": "uncompressed", "level": 9}),
+        ({"level": 2}, {}),
         ({"threads": 1}, {"threads": 2, "memory": 64 << 20}),
     ],
 )
@@ -160,7 +164,7 @@ def test_everything_else_makes_another_key() -> None:
     tar = digest(TAR)
     keys = [
         VariantKey.of(digest(b"another"), Options()),
-        *(VariantKey.of(tar, Options(compression=kind)) for kind in ("estargz", "gzip", "uncompressed")),
+        *(VariantKey.of(tar, Options(compression=kind)) for kind in ("estargz", "gzip", "zstd", "uncompressed")),
         *(VariantKey.of(tar, Options(level=level)) for level in (1, 3, 4, 12)),
         VariantKey.of(tar, Options(chunk_size=4096)),
         VariantKey.of(tar, Options(min_chunk_size=4096)),
@@ -226,6 +230,7 @@ def make_once(cache: Path, number: int, barrier: Any, log: Path) -> None:
                         store.add(key, layer, upload)
                     note(log, f"made {level} {layer.digest}")
             assert digest(whole(store, layer)) == layer.digest
+            assert store.tar_of(layer.digest) == layer.tar_digest == digest(TAR)
             note(log, f"got {level} {layer.digest}")
 
 
@@ -302,6 +307,28 @@ def test_who_fails_leaves_it_to_the_next(cache: Path, store: VariantStore) -> No
         keep(store, key, layer, blob)
     with store.making(key) as found:
         assert found == layer
+
+
+def test_a_lock_that_its_owner_has_just_removed_is_taken_anew(
+    cache: Path, store: VariantStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, *_ = made_of(TAR)
+    flock = fcntl.flock
+    others: list[Any] = []
+
+    def slow(handle: int, operation: int) -> None:
+        """Meanwhile the owner ends, and another one comes."""
+        flock(handle, operation)
+        (path,) = (cache / "locks").glob("make-*")
+        if not others:
+            path.unlink()
+            others.append(path.open("w"))
+            flock(others[0], operation)
+
+    monkeypatch.setattr(fcntl, "flock", slow)
+    with store.making(key, lambda: others.append(others[0].close())) as found:
+        assert found is None
+    assert len(others) == 2
 
 
 def test_a_layer_outlives_a_failure_of_whatever_it_was_made_for(store: VariantStore) -> None:
@@ -674,17 +701,39 @@ def test_a_blob_that_goes_away_before_it_is_entered_is_to_be_made_again(cache: P
     assert rows(cache) == []
 
 
+def test_a_variant_is_entered_whole_or_not_at_all(
+    cache: Path, store: VariantStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, layer, blob = made_of(TAR)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(store, "_note", interrupt)
+        keep(store, key, layer, blob)
+    assert (store.find(key), store.source(layer.digest), rows(cache)) == (None, None, [])
+    keep(store, key, layer, blob)
+    assert store.find(key) == layer
+
+
+def interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
 def test_forged_rows_lead_nowhere(cache: Path, store: VariantStore, tmp_path: Path) -> None:
     key, layer, blob = made_of(TAR)
     victim = tmp_path / "victim"
     victim.write_bytes(blob)
-    path = "sha256/../../../../victim"
-    for column, forged in [("digest", path), ("layer", None), ("key", "{}"), ("layer", "[]")]:
+    path = "sha256:../../../victim"
+    for column, true in [
+        ("digest", ""),
+        ("layer", layer.digest),
+        ("layer", layer.diff_id),
+        ("key", "["),
+        ("layer", "{"),
+    ]:
         keep(store, key, layer, blob)
         with sqlite3.connect(cache / "index.sqlite") as database:
-            (text,) = database.execute("SELECT layer FROM variants").fetchone()
-            value = forged or text.replace(layer.digest, path)
-            database.execute(f"UPDATE variants SET {column} = ?", (value,))
+            (text,) = database.execute(f"SELECT {column} FROM variants").fetchone()
+            forged = text.replace(true, path) if true else path
+            database.execute(f"UPDATE variants SET {column} = ?", (forged,))
         assert store.find(key) == (layer if column == "digest" else None)
         store.usage()
         with VariantStore(cache) as other:

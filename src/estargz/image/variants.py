@@ -23,8 +23,7 @@ import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import astuple, dataclass, replace
-from importlib import import_module
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -49,7 +48,7 @@ from estargz.image.model import (
 from estargz.image.store import BlobReader, BlobUpload, VerifyingReader, read_small
 from estargz.image.variant_index import VariantIndex, locked_folder
 from estargz.layer import Layer
-from estargz.options import Options
+from estargz.options import Options, encoder, resolve_level
 from estargz.writing.sink import PathSink
 
 __all__ = ["Removed", "Source", "Usage", "VariantKey", "VariantStore", "default_cache"]
@@ -92,14 +91,14 @@ class VariantKey:
         Options that the compression does not look at count as 0. Raises ImageError when ``tar_digest`` is none.
         """
         chunked = options.compression == "estargz"
-        level = 0 if options.compression == "uncompressed" else options.level
+        level = 0 if options.compression == "uncompressed" else resolve_level(options.compression, options.level)
         return cls(
             check_digest(tar_digest),
             options.compression,
             level,
             options.chunk_size if chunked else 0,
             options.min_chunk_size if chunked else 0,
-            f"estargz-{estargz.__version__} {_encoder(options.compression, level)}",
+            f"estargz-{estargz.__version__} {encoder(options.compression, options.level)}",
             digest_of(json.dumps(extra, sort_keys=True).encode()) if extra else "",
         )
 
@@ -107,12 +106,6 @@ class VariantKey:
     def text(self) -> str:
         """The same for the same key, and for no other."""
         return json.dumps(astuple(self))
-
-
-def _encoder(compression: str, level: int) -> str:
-    if compression == "uncompressed":
-        return "none"
-    return f"isal-{import_module('estargz._codec').ISAL_VERSION}" if level <= 3 else "libdeflate"
 
 
 @dataclass(frozen=True, slots=True)
@@ -445,18 +438,18 @@ def _descriptor(layer: Layer) -> Descriptor:
 
 
 def _encoded(layer: Layer) -> str:
-    return msgspec.json.encode(replace(layer, stages={})).decode()
+    return json.dumps(asdict(replace(layer, stages={})))  # names that are no UTF-8 pass, too
 
 
 def _decoded(text: str) -> Layer | None:
     """None for a row that was forged, or written when layers were described otherwise."""
     try:
-        layer = msgspec.json.decode(text, type=Layer)
+        layer = msgspec.convert(json.loads(text), Layer)
         for digest in (layer.digest, layer.diff_id, layer.tar_digest, layer.toc_digest or layer.digest):
             check_digest(digest)
         _descriptor(layer)
         return layer
-    except (msgspec.MsgspecError, ImageError):
+    except (ValueError, msgspec.MsgspecError, ImageError):
         return None
 
 
