@@ -35,6 +35,7 @@ const usage = `usage: peer COMMAND [FLAGS] ARGUMENTS
   unpack       BLOB OUT.tar
   tarlist      TAR
   clamp        -epoch SECONDS IN.tar OUT.tar
+  output       LINE...                             (of --output)
   version
 
 OUT.tar may be - for the standard output, TAR - for the standard input.
@@ -53,6 +54,7 @@ var commands = map[string]func([]string) error{
 	"unpack":       runUnpack,
 	"tarlist":      runTarList,
 	"clamp":        runClamp,
+	"output":       runOutput,
 	"version":      runVersion,
 }
 
