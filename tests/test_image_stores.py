@@ -396,6 +396,12 @@ def test_a_layout_with_several_images_wants_a_name(tmp_path: Path) -> None:
         source(f"oci:{tmp_path}:v3").resolve()
 
 
+def test_what_is_attested_beside_an_image_is_no_image_of_its_own(tmp_path: Path) -> None:
+    one = images.image()
+    images.write_files(images.layout_files((None, one), (None, images.attestation(one))), tmp_path)
+    assert source(f"oci:{tmp_path}").resolve().digest == one.root["digest"]
+
+
 def test_names_are_written_as_buildkit_does(tmp_path: Path) -> None:
     one = images.image()
     written(tmp_path, "oci", one, "docker.io/library/app:v1", "ghcr.io/a/b:v2")
@@ -599,6 +605,14 @@ def test_a_reader_that_goes_away_is_an_error(tmp_path: Path) -> None:
     os.close(writing)
 
 
+def test_a_full_disk_is_an_error(tmp_path: Path) -> None:
+    images.write_layout(tmp_path / "made", images.image())
+    with open("/dev/full", "wb") as full, pytest.raises(SinkError, match="No space left"):
+        transfer(source(f"oci:{tmp_path}/made"), target("oci-archive:-", descriptor=full.fileno()))
+    with pytest.raises(SinkError, match="No space left"):
+        transfer(source(f"oci:{tmp_path}/made"), target("docker-archive:/dev/full"))
+
+
 def test_an_archive_may_be_appended_to_a_file(tmp_path: Path) -> None:
     """Where the kernel does not move bytes from file to file by itself."""
     one = images.image()
@@ -631,6 +645,19 @@ def test_blobs_of_layouts_are_linked(tmp_path: Path, transport: str) -> None:
     assert linked.samefile(tmp_path / "made" / "blobs/sha256" / digest)
 
 
+def test_a_layout_may_be_made_of_links(tmp_path: Path) -> None:
+    """As build systems make them; what is linked from one is the file."""
+    one = images.image()
+    images.write_layout(tmp_path / "made", one)
+    for path in (tmp_path / "made" / "blobs/sha256").iterdir():
+        path.rename(tmp_path / path.name)
+        path.symlink_to(tmp_path / path.name)
+    assert contents_of(f"oci:{tmp_path}/made") == one.blobs
+    transfer(source(f"oci:{tmp_path}/made"), target(f"oci:{tmp_path}/out:v1"), link=True)
+    assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
+    assert contents_of(f"oci:{tmp_path}/out") == one.blobs
+
+
 def test_damaged_blobs_are_not_linked(tmp_path: Path) -> None:
     one = images.image()
     images.write_layout(tmp_path / "made", one)
@@ -645,7 +672,7 @@ def test_damaged_blobs_are_not_linked(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- hostile
 
 
-@pytest.mark.parametrize("how", ("link", "pipe", "folder", "shorter", "other", "missing"))
+@pytest.mark.parametrize("how", ("link", "circle", "pipe", "folder", "shorter", "other", "missing"))
 def test_blobs_that_are_not_what_they_claim(tmp_path: Path, how: str) -> None:
     one = images.image()
     images.write_layout(tmp_path / "made", one)
@@ -654,8 +681,10 @@ def test_blobs_that_are_not_what_they_claim(tmp_path: Path, how: str) -> None:
     data = path.read_bytes()
     path.unlink()
     if how == "link":
-        (tmp_path / "secret").write_bytes(data)
+        (tmp_path / "secret").write_bytes(bytes(len(data)))
         path.symlink_to(tmp_path / "secret")
+    elif how == "circle":
+        path.symlink_to(path)
     elif how == "pipe":
         os.mkfifo(path)
     elif how == "folder":

@@ -8,7 +8,7 @@ import io
 import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -55,6 +55,9 @@ _PIECE = 1 << 20
 class BlobFolder:
     """Blobs in a directory, each in blobs/ALGORITHM/HEX. They appear whole and durable, or not at all."""
 
+    follows_links = False
+    """Whether a link may stand for a blob."""
+
     def __init__(self, directory: Path, name: str) -> None:
         self.directory = directory
         self.name = name
@@ -67,7 +70,7 @@ class BlobFolder:
     def has(self, descriptor: Descriptor) -> bool:
         """Whether there is a file of that digest and size; what it holds is checked when it is read."""
         try:
-            status = os.lstat(self.path(descriptor.digest))
+            status = os.stat(self.path(descriptor.digest), follow_symlinks=self.follows_links)
         except (FileNotFoundError, NotADirectoryError):
             return False
         except OSError as error:
@@ -75,10 +78,11 @@ class BlobFolder:
         return stat.S_ISREG(status.st_mode) and status.st_size == descriptor.size
 
     def open_file(self, descriptor: Descriptor) -> io.FileIO:
-        """The blob's file; no link is followed, since layouts come from strangers."""
+        """The blob's file, whose bytes are to be checked before they are believed."""
         path = self.path(descriptor.digest)
+        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if self.follows_links else os.O_NOFOLLOW)
         try:
-            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            handle = os.open(path, flags)
         except (FileNotFoundError, NotADirectoryError):
             raise ImageError(f"{self.name}: blob {descriptor.digest} is missing; copy the image again") from None
         except OSError as error:
@@ -116,7 +120,7 @@ class BlobFolder:
         target = self.path(descriptor.digest)
         make_folder(target.parent)
         try:
-            os.link(source.path(descriptor.digest), target, follow_symlinks=False)
+            os.link(os.path.realpath(source.path(descriptor.digest)), target, follow_symlinks=False)
             _sync_folder(target.parent)
         except FileExistsError:
             return self.has(descriptor)
@@ -243,6 +247,7 @@ class Layout(BlobFolder):
     """
 
     remote = False
+    follows_links = True  # build systems make layouts of links to blobs; wherever one leads, the digest decides
 
     def __init__(self, reference: Reference, names: Sequence[str] = ()) -> None:
         super().__init__(Path(reference.path), str(reference))
@@ -259,7 +264,7 @@ class Layout(BlobFolder):
     def _unlisted(self, digest: str) -> Descriptor:
         """A manifest that an index of the layout leads to, not the layout's own."""
         try:
-            size = os.lstat(self.path(digest)).st_size
+            size = os.stat(self.path(digest)).st_size
         except OSError:
             raise ImageError(f"{self.name}: there is no {digest}; look into index.json for what there is") from None
         data = self.read(Descriptor("", digest, size))
@@ -305,9 +310,13 @@ class Layout(BlobFolder):
     @contextmanager
     def _locked(self) -> Iterator[None]:
         make_folder(self.directory)
-        handle = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            handle = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise SinkError(f"{self.directory}: cannot be opened: {error.strerror}; check its rights") from error
+        try:
+            with suppress(OSError):  # a file system without locks: then nobody else may write
+                fcntl.flock(handle, fcntl.LOCK_EX)
             yield
         finally:
             os.close(handle)
@@ -337,7 +346,7 @@ def pick(entries: Sequence[Descriptor], tag: str | None, name: str) -> Descripto
 
     Raises ImageError when there is none, or more than one.
     """
-    found = [entry for entry in entries if tag is None or tag in _names_of(entry)]
+    found = [entry for entry in entries if (not entry.is_attestation if tag is None else tag in _names_of(entry))]
     if len({entry.digest for entry in found}) == 1:
         return found[0]
     there = ", ".join(sorted({called for entry in entries for called in _names_of(entry)})) or "none with a name"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from estargz.errors import ImageError, UsageError, VerificationError
+from estargz.errors import EstargzError, ImageError, SourceError, UsageError, VerificationError
 from estargz.image.model import MAX_MANIFEST_SIZE, Descriptor, digest_of
 from estargz.image.reference import Reference
 
@@ -131,17 +131,26 @@ class VerifyingReader:
         if self._left == 0:
             self._check_end()
             return b""
-        data: bytes = self._readable.read(min(size, self._left) if size >= 0 else self._left)
+        data = self._read(min(size, self._left) if size >= 0 else self._left)
         if not data and size:
             raise self._error(f"ends after {self._descriptor.size - self._left} of {self._descriptor.size} bytes")
         self._hash.update(data)
         self._left -= len(data)
         return data
 
+    def _read(self, size: int) -> bytes:
+        try:
+            data: bytes = self._readable.read(size)
+        except OSError as error:
+            if isinstance(error, EstargzError):
+                raise
+            raise SourceError(f"{self.name}: cannot be read: {error.strerror}; check what holds it") from error
+        return data
+
     def _check_end(self) -> None:
         if self._checked:
             return
-        if self._readable.read(1):
+        if self._read(1):
             raise self._error(f"has more than the {self._descriptor.size} bytes that its descriptor states")
         found = f"{self._hash.name}:{self._hash.hexdigest()}"
         if found != self._descriptor.digest:
