@@ -564,13 +564,19 @@ def add_image(cache: Path, name: str, layer: Layer) -> None:
     target.finish(target.put_manifest(OCI_MANIFEST, json.dumps(manifest).encode()))
 
 
-def test_an_image_of_the_directory_keeps_its_blobs(cache: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("linked", [False, True])
+def test_an_image_of_the_directory_keeps_its_blobs(cache: Path, tmp_path: Path, linked: bool) -> None:
     key, layer, blob = made_of(TAR)
     _, other, other_blob = made_of(TAR, 1)
     with VariantStore(cache) as store:
         keep(store, key, layer, blob)
         keep(store, VariantKey.of(digest(TAR), Options(level=1)), other, other_blob)
     add_image(cache, "app", layer)
+    if linked:  # as build systems make layouts
+        (entry,) = json.loads((cache / "index.json").read_text())["manifests"]
+        manifest = cache / "blobs" / "sha256" / entry["digest"].removeprefix("sha256:")
+        manifest.rename(tmp_path / "manifest")
+        manifest.symlink_to(tmp_path / "manifest")
     assert json.loads(skopeo("inspect", f"oci:{cache}:app"))["Layers"] == [layer.digest]
     with VariantStore(cache) as store:
         assert {row.digest: row.in_image for row in store.usage()} == {layer.digest: True, other.digest: False}

@@ -32,7 +32,7 @@ import msgspec
 
 import estargz
 from estargz.errors import CacheError, ImageError, SinkError, UploadBrokenError, VerificationError
-from estargz.image.layout import LAYOUT_FILE, BlobFolder
+from estargz.image.layout import LAYOUT_FILE, BlobFolder, Layout
 from estargz.image.model import (
     MAX_MANIFEST_SIZE,
     OCI_INDEX,
@@ -45,7 +45,8 @@ from estargz.image.model import (
     is_index,
     is_manifest,
 )
-from estargz.image.store import BlobReader, BlobUpload, VerifyingReader, read_small
+from estargz.image.reference import Reference
+from estargz.image.store import BlobReader, BlobUpload, VerifyingReader
 from estargz.image.variant_index import VariantIndex, locked_folder
 from estargz.layer import Layer
 from estargz.options import Options, encoder, resolve_level
@@ -387,19 +388,20 @@ class VariantStore(BlobFolder):
         with _said(self.directory), path.open("rb") as file:
             index = Index.parse(file.read(MAX_MANIFEST_SIZE + 1), OCI_INDEX, str(path))
         found: set[str] = set()
+        layout = Layout(Reference("oci", path=os.fspath(self.directory)))
         waiting = list(index.manifests)
         while waiting:
             descriptor = waiting.pop()
             if descriptor.digest not in found:
                 found.add(descriptor.digest)
-                waiting += self._led_to(descriptor)
+                waiting += self._led_to(descriptor, layout)
         return found
 
-    def _led_to(self, descriptor: Descriptor) -> Iterable[Descriptor]:
+    def _led_to(self, descriptor: Descriptor, layout: Layout) -> Iterable[Descriptor]:
         kind = descriptor.media_type
-        if not (is_index(kind) or is_manifest(kind)) or not self.has(descriptor):
+        if not (is_index(kind) or is_manifest(kind)) or not layout.has(descriptor):
             return ()  # of an image for many platforms, those that nobody wanted are missing
-        data = read_small(super().open(descriptor), descriptor)
+        data = layout.read(descriptor)
         what = f"{self.name}: {descriptor.digest}"
         if is_index(kind):
             return Index.parse(data, kind, what).manifests
