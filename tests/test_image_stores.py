@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import random
 import shutil
 import subprocess
 import tarfile
@@ -777,6 +778,32 @@ def test_tars_of_countless_members_are_refused(tmp_path: Path) -> None:
     (tmp_path / "odd").write_bytes(entry(b"x") * 70_000 + END)
     with pytest.raises(ImageError, match="over 65536 members"):
         source(f"oci-archive:{tmp_path}/odd")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_damaged_archives_are_errors_of_the_package(tmp_path: Path, seed: int) -> None:
+    """A few bytes changed, or the end lost: what is read is the image, or an error that can be caught."""
+    chance = random.Random(seed)
+    one = images.image(compression="uncompressed")
+    docker = images.tar_of_files(images.docker_save_files(one))
+    layout = images.tar_of_files(images.layout_files(("v1", one)))
+    failed = 0
+    for number in range(150):
+        data = bytearray(chance.choice((docker, layout)))
+        transport = "docker-archive" if len(data) == len(docker) else "oci-archive"
+        for _ in range(chance.randrange(1, 4)):
+            data[chance.choice((chance.randrange(512), chance.randrange(len(data))))] = chance.choice(
+                b"\0 07\x80\xffLxS"
+            )
+        if number % 5 == 0:
+            del data[chance.randrange(len(data)) :]
+        (tmp_path / "odd").write_bytes(data)
+        try:
+            contents_of(f"{transport}:{tmp_path}/odd")
+        except EstargzError as error:
+            failed += 1
+            assert f"{tmp_path}/odd" in str(error)
+    assert failed > 50
 
 
 def test_long_names_and_old_headers_are_read(tmp_path: Path) -> None:

@@ -112,32 +112,28 @@ class Tarball:
     # ---------------------------------------------------------------------------------------------- headers
 
     def _walk(self) -> Iterator[Member]:
-        place, count = 0, 0
+        place = 0
         special: dict[str, str] = {}
-        while block := self._block(place):
-            count += 1
-            if count > _MAX_MEMBERS:
-                raise ImageError(f"{self.path}: over {_MAX_MEMBERS} members; this is no archive of images")
+        for _ in range(_MAX_MEMBERS):
+            block = self._block(place)
+            if not block:
+                return
             kind, size = block[156:157], self._number(block[124:136], place)
             place += _BLOCK
             if kind in b"xgLK":
-                extension = self._extension(place, size)
-                if kind == b"x":
-                    special |= self._records(extension, place)
-                elif kind != b"g":
-                    special["path" if kind == b"L" else "linkpath"] = _text(extension)
-                place += size + padding(size)
-                continue
-            size = 0 if kind in b"123456" else self._size_of(special, size, place)
-            if kind == b"S" or any(key.startswith("GNU.sparse") for key in special):
-                raise ImageError(f"{self.path}: has a sparse file at byte {place}; make the tar without --sparse")
-            if place + size > self._size:
-                raise ImageError(f"{self.path}: ends too early, within the file at byte {place}; copy it again")
-            member = _member(block, special, place, size)
-            if member is not None:
-                yield member
+                special |= self._special(kind, place, size)
+            else:
+                size = 0 if kind in b"123456" else int(special.get("size", size))
+                if kind == b"S":
+                    raise self._sparse(place)
+                if place + size > self._size:
+                    raise ImageError(f"{self.path}: ends too early, within the file at byte {place}; copy it again")
+                member = _member(block, special, place, size)
+                if member is not None:
+                    yield member
+                special = {}
             place += size + padding(size)
-            special = {}
+        raise ImageError(f"{self.path}: over {_MAX_MEMBERS} members; this is no archive of images")
 
     def _block(self, place: int) -> bytes:
         """The header there; nothing at the end of the tar."""
@@ -151,17 +147,19 @@ class Tarball:
     def _number(self, field: bytes, place: int) -> int:
         if field[0] == 0x80:
             return int.from_bytes(field[1:], "big")
-        digits = field.strip(b" \0")
+        digits = field.partition(b"\0")[0].strip(b" ")
         if not re.fullmatch(rb"[0-7]*", digits):
             raise ImageError(f"{self.path}: there is no tar header at byte {place}; it is damaged, or no tar")
         return int(digits or b"0", 8)
 
-    def _extension(self, place: int, size: int) -> bytes:
+    def _special(self, kind: bytes, place: int, size: int) -> dict[str, str]:
+        """What an extended header says of the next entry, as far as it matters here."""
         if size > _MAX_EXTENSION or place + size > self._size:
-            raise ImageError(
-                f"{self.path}: has an extended header of {size} bytes at byte {place}; make the archive again"
-            )
-        return os.pread(self.fd, size, place)
+            raise ImageError(f"{self.path}: has an extended header of {size} bytes at byte {place}; make it again")
+        data = os.pread(self.fd, size, place)
+        if kind == b"x":
+            return self._records(data, place)
+        return {} if kind == b"g" else {"path" if kind == b"L" else "linkpath": _text(data)}
 
     def _records(self, data: bytes, place: int) -> dict[str, str]:
         found = {}
@@ -170,17 +168,18 @@ class Tarball:
             length = int(match[1]) if match else 0
             if match is None or not match.end() < length <= len(data) or data[length - 1 : length] != b"\n":
                 raise ImageError(f"{self.path}: has a malformed PAX record at byte {place}; make the archive again")
-            found[_text(match[2])] = _text(data[match.end() : length - 1])
+            key, value = _text(match[2]), _text(data[match.end() : length - 1])
+            if key.startswith("GNU.sparse"):
+                raise self._sparse(place)
+            if key == "size" and not re.fullmatch(r"[0-9]{1,18}", value):
+                raise ImageError(f"{self.path}: has a malformed size at byte {place}; make the archive again")
+            if key in ("path", "linkpath", "size"):
+                found[key] = value
             data = data[length:]
         return found
 
-    def _size_of(self, special: dict[str, str], size: int, place: int) -> int:
-        text = special.get("size")
-        if text is None:
-            return size
-        if not re.fullmatch(r"[0-9]{1,18}", text):
-            raise ImageError(f"{self.path}: has a malformed size at byte {place}; make the archive again")
-        return int(text)
+    def _sparse(self, place: int) -> ImageError:
+        return ImageError(f"{self.path}: has a sparse file at byte {place}; make the tar without --sparse")
 
 
 def _open(path: str) -> int:
