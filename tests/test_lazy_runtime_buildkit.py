@@ -1,18 +1,15 @@
 """Layers in a runtime that pulls lazily: BuildKit with its stargz snapshotter, which mounts them by FUSE from a registry.
 
-A proxy in front of the registry notes which bytes of a layer's blob are fetched. The program that runs in the images,
-tests/show.c, tells what is to be seen in them.
+Images are made by hand around single layers, or whole by the package's commands. A proxy in front of the registry notes which
+bytes of a layer's blob are fetched. The program that runs in the images, tests/show.c, tells what is to be seen in them.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import random
 import shutil
-import stat
-import subprocess
 import sys
 import tempfile
 import zlib
@@ -23,8 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from applied import COMMAND
 from conftest import IS_ROOT, REPOSITORY, missing
 from registry import PROGRAM, Fetch, Proxy, Registry, proxy, registry
+from runtimes import RUN_SECONDS, by_path, compile_show, lines, listing, run_in_buildkit
+from runtimes import run as output_of
 from trees import CAPABILITY, SECOND, WHOLE, Tree, run
 
 import estargz
@@ -33,7 +33,6 @@ sys.path.insert(0, str(REPOSITORY / "bench"))
 
 import buildkitd
 
-RUN_SECONDS = 60.0
 BLOCK = 50_000  # bytes that the snapshotter fetches and caches at once; its default
 CONFIG = """\
 [registry."{host}"]
@@ -111,19 +110,28 @@ class Runtime:
         self._folder, self._pushes, self._pulls, self._daemon = folder, pushes, pulls, daemon
         self._images = 0
 
+    @property
+    def registry(self) -> str:
+        """Where to push; its host and port."""
+        return self._pushes.host
+
     def run(self, layers: Sequence[Pushed], *command: str) -> Pull:
         """Runs a command in an image of its own of these layers, the lowest first."""
-        self._forget()
         self._images += 1
         name = f"image{self._images}"
         pushed = self._pushes.push_image(name, [(layer.blob, layer.descriptor, layer.diff_id) for layer in layers])
+        return self.run_image(name, pushed, [layer.digest for layer in layers], *command)
+
+    def run_image(self, repository: str, digest: str, layers: Iterable[str], *command: str) -> Pull:
+        """Runs a command in an image that the registry has, of layers with these digests."""
+        self._forget()
         before = self._mounts()
-        seen = self._seen(f"FROM {self._pulls.host}/{name}@{pushed}\nRUN {json.dumps(command)}\n")
+        printed = run_in_buildkit(self._daemon, self._folder, f"{self._pulls.host}/{repository}@{digest}", *command)
         return Pull(
-            seen=seen,
+            seen=lines(printed),
             mounts=len(self._mounts() - before),
             fetches={
-                layer.digest: [fetch for fetch in self._pulls.fetches_of(layer.digest) if f"/{name}/" in fetch.path]
+                layer: [fetch for fetch in self._pulls.fetches_of(layer) if f"/{repository}/" in fetch.path]
                 for layer in layers
             },
         )
@@ -132,17 +140,6 @@ class Runtime:
         """Drops what the daemon has, so that it would not take a layer from an earlier image."""
         dropped = self._daemon.buildctl("prune", "--all", timeout=RUN_SECONDS)
         assert dropped.returncode == 0, dropped.stderr
-
-    def _seen(self, dockerfile: str) -> list[dict[str, Any]]:
-        (self._folder / "Dockerfile").write_text(dockerfile)
-        local = [f"{name}={self._folder}" for name in ("context", "dockerfile")]
-        options = ["--frontend", "dockerfile.v0", "--no-cache", "--progress", "rawjson"]
-        done = self._daemon.buildctl("build", *options, "--local", local[0], "--local", local[1], timeout=RUN_SECONDS)
-        progress = [json.loads(line) for line in done.stderr.splitlines() if line.startswith("{")]
-        printed = b"".join(base64.b64decode(log["data"]) for step in progress for log in step.get("logs", ()))
-        words = [line for line in done.stderr.splitlines() if not line.startswith("{")]
-        assert done.returncode == 0, (words, printed, self._daemon.log.read_text()[-2000:])
-        return [json.loads(line) for line in printed.splitlines()]
 
     def _mounts(self) -> set[str]:
         """The mount points of FUSE file systems below the daemon's directory."""
@@ -182,12 +179,7 @@ def temporary_directory() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What runs in the images."""
-    made = tmp_path_factory.mktemp("program") / "show"
-    command: list[str | Path] = ["gcc", "-static", "-O1", "-o", made, Path(__file__).parent / "show.c"]
-    compiled = subprocess.run(command, capture_output=True, text=True, check=False)
-    if compiled.returncode:
-        missing(f"no program without libraries can be made: {compiled.stderr.strip()[-500:]}")
-    return made
+    return compile_show(tmp_path_factory.mktemp("program"))
 
 
 # ------------------------------------------------------------------------------------------------- what is fetched
@@ -281,6 +273,59 @@ def table_of_contents(layer: Pushed) -> tuple[int, int]:
         return int(file.read()[16:32], 16), layer.size
 
 
+# ------------------------------------------------------------------------------------------------- images
+
+
+def test_built_image_is_fetched_in_part(runtime: Runtime, large: Path, scratch: Path) -> None:
+    """One that the command puts together of a tree and a change, and pushes."""
+    run(["cp", "-al", large, scratch / "changed"])  # the same files, so that they are equal
+    Tree(scratch / "changed").file("data/added", b"added", 0o600)
+    layers = [f"{large},prefetch=bin/show,prefetch=data/b-read", f"{scratch / 'changed'},lower={large}"]
+    image = image_build(layers, runtime.registry, "built", "estargz")
+    pull = run_in(runtime, "built", image, "/data/b-read", "/data/added")
+    assert [one["crc32"] for one in pull.seen] == [crc32_of(large / "data/b-read"), zlib.crc32(b"added")]
+    assert pull.mounts == 2
+    assert 0.09 < share_fetched(image, pull) < 0.1  # 9 of 100 MB are what it reads
+
+
+def test_converted_image_is_fetched_in_part(runtime: Runtime, large: Path) -> None:
+    """The same image before and after, from a registry to the same registry."""
+    before = image_build([str(large)], runtime.registry, "before", "gzip")
+    names = [f"docker://{runtime.registry}/{name}:1" for name in ("before", "after")]
+    converted = json.loads(output_of(*COMMAND, "convert", *names, "--compression", "estargz", "--json"))
+    (after,) = converted["images"]
+    pulls = [run_in(runtime, name, image, "/data/d-unread") for name, image in (("before", before), ("after", after))]
+    for pull in pulls:
+        assert [one["crc32"] for one in pull.seen] == [crc32_of(large / "data/d-unread")]
+    assert [pull.mounts for pull in pulls] == [0, 1]
+    assert share_fetched(before, pulls[0]) > 1  # its end was looked at before
+    assert 0.01 < share_fetched(after, pulls[1]) < 0.02  # 1 of 100 MB, and the program
+
+
+def image_build(layers: Sequence[str], host: str, name: str, compression: str) -> dict[str, Any]:
+    """Pushes an image by the command; what that prints."""
+    options = [part for layer in layers for part in ("--layer", layer)]
+    output = f"type=image,name={host}/{name}:1,push=true,compression={compression}"
+    made: dict[str, Any] = json.loads(output_of(*COMMAND, "image", "build", *options, "--output", output, "--json"))
+    assert made["names"] == [f"docker://{host}/{name}:1"]
+    return made
+
+
+def run_in(runtime: Runtime, repository: str, image: dict[str, Any], *paths: str) -> Pull:
+    digests = [layer["digest"] for layer in image["layers"]]
+    return runtime.run_image(repository, image["digest"], digests, "/bin/show", *paths)
+
+
+def share_fetched(image: dict[str, Any], pull: Pull) -> float:
+    """Of the bytes that the layers have."""
+    sent = sum(fetch.sent for fetches in pull.fetches.values() for fetch in fetches if fetch.method == "GET")
+    return sent / sum(layer["size"] for layer in image["layers"])
+
+
+def crc32_of(path: Path) -> int:
+    return zlib.crc32(path.read_bytes())
+
+
 # ------------------------------------------------------------------------------------------------- what is seen
 
 
@@ -353,36 +398,3 @@ def tree(tmp_path: Path, program: Path) -> Tree:
     for name in ("tree/" + "é" * 60, "tree"):
         made.dir(name)  # from half a second on a tar's time is rounded up
     return made
-
-
-def by_path(seen: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {bytes.fromhex(one["path"]).decode(): {**one, "path": None} for one in seen}
-
-
-def listing(image: Path) -> Iterator[dict[str, Any]]:
-    """What tests/show.c prints of the image's ``/tree``, seen from here."""
-    yield shown(image, image / "tree")
-    for folder, directories, files in os.walk(image / "tree"):
-        yield from (shown(image, Path(folder, name)) for name in [*directories, *files])
-
-
-def shown(image: Path, path: Path) -> dict[str, Any]:
-    found = path.lstat()
-    kind = stat.S_IFMT(found.st_mode)
-    line: dict[str, Any] = {
-        "mode": found.st_mode,
-        "owner": [found.st_uid, found.st_gid],
-        "mtime": found.st_mtime_ns // SECOND,
-        "path": (b"/" + os.fsencode(path.relative_to(image))).hex(),
-    }
-    if kind != stat.S_IFDIR:
-        line["links"] = found.st_nlink
-    if kind in (stat.S_IFCHR, stat.S_IFBLK):
-        line["device"] = [os.major(found.st_rdev), os.minor(found.st_rdev)]
-    if kind == stat.S_IFLNK:
-        line["target"] = os.fsencode(os.readlink(path)).hex()
-    if kind == stat.S_IFREG:
-        line |= {"size": found.st_size, "crc32": zlib.crc32(path.read_bytes())}
-    if "security.capability" in os.listxattr(path, follow_symlinks=False):
-        line["capability"] = os.getxattr(path, "security.capability", follow_symlinks=False).hex()
-    return line

@@ -1,0 +1,447 @@
+"""Images that the package writes, in the hands of others: skopeo and umoci take them, podman and containerd run them."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from applied import Found, snapshot
+from conftest import missing
+from registry import PROGRAM, Registry, registry, sha256
+from runtimes import (
+    Containerd,
+    Podman,
+    Sandbox,
+    by_path,
+    compile_show,
+    containerd,
+    lines,
+    listing,
+    podman,
+    run,
+    sandbox,
+)
+from trees import CAPABILITY, SECOND, WHOLE, Tree, overlay_mount
+from trees import run as run_quietly
+
+from estargz.image.convert import convert
+from estargz.image.image import Image
+from estargz.registry.client import Registries
+
+pytestmark = pytest.mark.usefixtures("overlay")
+
+HERE = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
+ELSEWHERE = "s390x"
+INDEX = "application/vnd.oci.image.index.v1+json"
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What an image's layers are compressed by, and whose media types it has."""
+
+    compression: str
+    docker: bool = False
+
+    def __str__(self) -> str:
+        return f"{'docker' if self.docker else 'oci'}-{self.compression}"
+
+    @property
+    def line(self) -> str:
+        return f"compression={self.compression},oci-mediatypes={str(not self.docker).lower()}"
+
+
+OCI = [Form(name) for name in ("uncompressed", "gzip", "estargz", "zstd")]
+DOCKER = [Form(name, docker=True) for name in ("uncompressed", "gzip")]
+PLACES = {"oci": OCI, "oci-archive": OCI, "docker-archive": OCI + DOCKER, "docker": OCI + DOCKER}
+
+
+def forms_by_place(*places: str) -> pytest.MarkDecorator:
+    pairs = [(form, place) for place in places for form in PLACES[place]]
+    return pytest.mark.parametrize(("form", "place"), pairs, ids=[f"{place}-{form}" for form, place in pairs])
+
+
+# ------------------------------------------------------------------------------------------------- the image
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """Sources of layers, the lowest first, and what they are together."""
+
+    base: Path
+    changed: Path
+    upper: Path
+    tar: Path
+    merged: Path
+
+    def image(self, architecture: str = HERE) -> Image:
+        image = Image.new(f"linux/{architecture}")
+        image = image.append(self.base, prefetch=["bin/show"])
+        image = image.append(self.changed, lower=self.base)
+        image = image.append(self.upper, overlay_lower=[self.changed])
+        return image.append(self.tar).config(entrypoint=["/bin/show"], cmd=["/tree"])
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    """One that is removed at once, and whose path is short enough for sockets."""
+    with tempfile.TemporaryDirectory(prefix="estargz-test-") as made:
+        yield Path(made)
+
+
+@pytest.fixture(scope="module")
+def layers(folder: Path, overlay: None) -> Layers:
+    place = folder / "layers"
+    place.mkdir()
+    base, changed, merged = place / "base", place / "changed", place / "merged"
+    make_base(Tree(base), compile_show(place))
+    run_quietly(["cp", "-a", base, changed])
+    change(Tree(changed))
+    upper = place / "upper"
+    with overlay_mount([changed], upper) as mounted:
+        change_mounted(Tree(mounted))
+    same_times(upper)
+    with overlay_mount([changed], upper) as mounted:
+        run_quietly(["cp", "-a", mounted, merged])
+    tar = make_tar(place)
+    run_quietly(["tar", "--xattrs", "--same-owner", "-xpf", tar, "-C", merged])
+    for name in (".wh.gone-by-tar", "gone-by-tar"):
+        (merged / "tree" / name).unlink()
+    same_times(merged)
+    return Layers(base, changed, upper, tar, merged)
+
+
+def make_base(tree: Tree, program: Path) -> None:
+    tree.file("bin/show", program.read_bytes(), 0o755)
+    tree.file("tree/kept", b"kept\n" * 50_000, 0o4755, owner=(1000, 5))
+    tree.file("tree/capable", b"able", 0o755, capability=CAPABILITY)
+    tree.file("tree/changed", b"old")
+    tree.link("tree/link", "tree/kept")
+    tree.symlink("tree/symlink", "../nowhere")
+    tree.fifo("tree/fifo")
+    tree.char("tree/char", 1, 3, owner=(1, 2))
+    for name in ("file", "directory/file", "by-tar", "by-overlay/file"):
+        tree.file(f"tree/gone-{name}")
+    for name in ("opaque/below", "becomes-file/below", "é/" + "l" * 120):
+        tree.file(f"tree/{name}")
+    tree.symlink("tree/becomes-directory", "kept")
+    tree.dir("tree/sticky", 0o1777, owner=(0, 5))
+    same_times(tree.root)
+
+
+def change(tree: Tree) -> None:
+    tree.remove("tree/gone-file")
+    tree.remove("tree/gone-directory")
+    tree.remove("tree/becomes-file")
+    tree.file("tree/becomes-file", b"no directory any more")
+    tree.remove("tree/becomes-directory")
+    tree.file("tree/becomes-directory/file")
+    tree.file("tree/changed", b"new")  # only its content
+    tree.meta("tree/sticky", mode=0o700)
+    same_times(tree.root)
+
+
+def change_mounted(tree: Tree) -> None:
+    tree.remove("tree/gone-by-overlay")
+    tree.remove("tree/opaque")
+    tree.file("tree/opaque/above", b"nothing of what was below")
+    tree.file("tree/changed", b"by overlay")
+    tree.meta("tree/capable", owner=(7, 8))
+    tree.file("tree/by-overlay")
+
+
+def make_tar(place: Path) -> Path:
+    tree = Tree(place / "for-tar")
+    tree.file("tree/by-tar", b"from a tar")
+    tree.file("tree/.wh.gone-by-tar", b"")
+    tree.file("tree/kept-with-others", b"", xattrs={"user.note": b"noted"})
+    same_times(tree.root)
+    tar = place / "tar"
+    run_quietly(["tar", "--format=posix", "--xattrs", "--numeric-owner", "-cf", tar, "-C", tree.root, "."])
+    return tar
+
+
+def same_times(root: Path) -> None:
+    """Whole seconds, which is all that some tars and file systems have."""
+    tree = Tree(root)
+    for path in [root, *root.rglob("*")]:
+        tree.meta(str(path.relative_to(root)), time=WHOLE)
+
+
+@dataclass(slots=True)
+class Workshop:
+    """Exports the image, to each place once."""
+
+    folder: Path
+    layers: Layers
+    store: Registry
+    done: dict[tuple[Form, str], str]
+    digests: dict[Form, str]
+
+    def reference(self, form: Form, place: str) -> str:
+        """Where the image is now, as podman and skopeo write it."""
+        if (form, place) not in self.done:
+            self.done[form, place] = self._export(form, place)
+        return self.done[form, place]
+
+    def digest(self, form: Form) -> str:
+        """Of its manifest."""
+        if form not in self.digests:
+            self.reference(form, "docker")
+        return self.digests[form]
+
+    def name(self, form: Form, place: str) -> str:
+        """HOST/REPOSITORY:TAG"""
+        host = self.store.host if place == "docker" else "example.org"
+        return f"{host}/app:{form}"
+
+    def _export(self, form: Form, place: str) -> str:
+        name, dest = self.name(form, place), self.folder / f"{place}-{form}"
+        where = {
+            "oci": f"type=oci,tar=false,dest={dest}",
+            "oci-archive": f"type=oci,dest={dest}",
+            "docker-archive": f"type=docker,dest={dest}",
+            "docker": "type=image,push=true",
+        }[place]
+        with self.layers.image() as image:
+            done = image.export(f"{where},name={name},{form.line}")
+        assert done.descriptor is not None
+        assert self.digests.setdefault(form, done.descriptor.digest) == done.descriptor.digest
+        tails = {"oci": f"{dest}:{form}", "oci-archive": f"{dest}:{form}", "docker-archive": str(dest)}
+        return f"{place}:{tails.get(place, f'//{name}')}"
+
+
+@pytest.fixture(scope="module")
+def store(folder: Path) -> Iterator[Registry]:
+    if shutil.which(PROGRAM) is None:
+        missing(f"{PROGRAM} is not installed, so there is nothing to push to")
+    place = folder / "registry"
+    place.mkdir()
+    with registry(place) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def workshop(folder: Path, layers: Layers, store: Registry) -> Workshop:
+    place = folder / "exported"
+    place.mkdir()
+    return Workshop(place, layers, store, {}, {})
+
+
+@pytest.fixture(scope="module")
+def own(folder: Path) -> Iterator[Sandbox]:
+    place = folder / "sandbox"
+    place.mkdir()
+    with sandbox(place) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def pod(own: Sandbox) -> Iterator[Podman]:
+    with podman(own) as tool:
+        yield tool
+
+
+@pytest.fixture(scope="module")
+def daemon(own: Sandbox) -> Iterator[Containerd]:
+    with containerd(own) as running:
+        yield running
+
+
+# ------------------------------------------------------------------------------------------------- skopeo, umoci
+
+
+def skopeo(*words: str | Path) -> str:
+    if shutil.which("skopeo") is None:
+        missing("skopeo is not installed")
+    return run("skopeo", "--insecure-policy", *words)
+
+
+def inspect(reference: str, *options: str) -> str:
+    insecure = ["--tls-verify=false"] if reference.startswith("docker:") else []
+    return skopeo("inspect", *insecure, *options, reference)
+
+
+def copy(source: str, dest: str) -> None:
+    """An image with all its platforms, which must stay what it is to the byte."""
+    options = ["--all", "--preserve-digests", "--src-tls-verify=false", "--dest-tls-verify=false"]
+    skopeo("copy", *options, "--dest-oci-accept-uncompressed-layers", source, dest)
+
+
+def manifest_digest(reference: str) -> str:
+    return sha256(inspect(reference, "--raw").encode())
+
+
+def blobs(layout: Path) -> dict[str, bytes]:
+    """All of an OCI layout."""
+    return {path.name: path.read_bytes() for path in (layout / "blobs/sha256").iterdir()}
+
+
+@forms_by_place("oci", "oci-archive", "docker")
+def test_skopeo_copies(workshop: Workshop, store: Registry, tmp_path: Path, form: Form, place: str) -> None:
+    source, digest = workshop.reference(form, place), workshop.digest(form)
+    dests = [f"dir:{tmp_path}/dir", f"docker://{store.host}/copied/{place}:{form}"]
+    if not form.docker:
+        dests.append(f"oci:{tmp_path}/oci:tag")
+    for dest in dests:
+        copy(source, dest)
+        assert manifest_digest(dest) == digest
+    manifest = json.loads((tmp_path / "dir/manifest.json").read_text())
+    for blob in (manifest["config"], *manifest["layers"]):
+        assert sha256((tmp_path / "dir" / blob["digest"].removeprefix("sha256:")).read_bytes()) == blob["digest"]
+
+
+@pytest.mark.parametrize("form", OCI + DOCKER, ids=str)
+def test_skopeo_reads_docker_archives(workshop: Workshop, tmp_path: Path, form: Form) -> None:
+    """Which have no manifest of the image: its configuration, which names the layers, stays what it was."""
+    skopeo("copy", workshop.reference(form, "docker-archive"), f"dir:{tmp_path}/dir")
+    found = json.loads((tmp_path / "dir/manifest.json").read_text())
+    pushed = json.loads(inspect(workshop.reference(form, "docker"), "--raw"))
+    assert found["config"]["digest"] == pushed["config"]["digest"]
+    assert len(found["layers"]) == 4
+
+
+def test_skopeo_shows_the_configuration(layers: Layers, tmp_path: Path) -> None:
+    image = layers.image().config(
+        env={"A": "b"},
+        workdir="/tree",
+        user="7:8",
+        labels={"org.example": "é"},
+        exposed_ports=["80"],
+        volumes=["/data"],
+        stop_signal="SIGINT",
+    )
+    image.export(f"type=oci,dest={tmp_path}/image,source-date-epoch=1000000000")
+    shown = json.loads(inspect(f"oci-archive:{tmp_path}/image", "--config"))
+    assert shown["config"] == {
+        "Entrypoint": ["/bin/show"],
+        "Cmd": ["/tree"],
+        "Env": ["A=b"],
+        "WorkingDir": "/tree",
+        "User": "7:8",
+        "Labels": {"org.example": "é"},
+        "ExposedPorts": {"80/tcp": {}},
+        "Volumes": {"/data": {}},
+        "StopSignal": "SIGINT",
+    }
+    assert (shown["architecture"], shown["os"], shown["created"]) == (HERE, "linux", "2001-09-09T01:46:40Z")
+    assert len(shown["history"]) == len(shown["rootfs"]["diff_ids"]) == 4
+
+
+@pytest.mark.parametrize(
+    "form", [form for form in OCI if form.compression != "zstd"], ids=str
+)  # which it does not know
+def test_umoci_unpacks(workshop: Workshop, tmp_path: Path, form: Form) -> None:
+    if shutil.which("umoci") is None:
+        missing("umoci is not installed")
+    layout = workshop.reference(form, "oci").removeprefix("oci:")
+    run("umoci", "unpack", "--image", layout, tmp_path / "bundle")
+    found = by_seconds(snapshot(tmp_path / "bundle/rootfs"))
+    if form.compression == "estargz":
+        for landmark in (b".prefetch.landmark", b".no.prefetch.landmark"):
+            assert found.pop(landmark).size == 1
+    assert found == by_seconds(snapshot(workshop.layers.merged))
+
+
+def by_seconds(entries: dict[bytes, Found]) -> dict[bytes, Found]:
+    return {name: entry._replace(mtime_ns=entry.mtime_ns // SECOND) for name, entry in entries.items() if name}
+
+
+# ------------------------------------------------------------------------------------------------- podman, containerd
+
+
+@forms_by_place(*PLACES)
+def test_podman_runs(workshop: Workshop, pod: Podman, form: Form, place: str) -> None:
+    image = pod.pull(workshop.reference(form, place))
+    assert seen(pod.run(image)) == expected(workshop.layers)
+
+
+@forms_by_place("oci-archive", "docker-archive")
+def test_containerd_imports_and_runs(workshop: Workshop, daemon: Containerd, form: Form, place: str) -> None:
+    archive, name = workshop.reference(form, place).split(":")[1], workshop.name(form, place)
+    daemon("images", "import", archive)
+    check(daemon, name, workshop.digest(form))
+    assert seen(daemon.run(name)) == expected(workshop.layers)
+    daemon("images", "rm", "--sync", name)
+
+
+@forms_by_place("docker")
+def test_containerd_pulls_and_runs(workshop: Workshop, daemon: Containerd, form: Form, place: str) -> None:
+    workshop.reference(form, place)
+    name = workshop.name(form, place)
+    daemon("images", "pull", "--plain-http", name)
+    check(daemon, name, workshop.digest(form))
+    assert seen(daemon.run(name)) == expected(workshop.layers)
+
+
+def check(daemon: Containerd, name: str, digest: str) -> None:
+    """All that an image leads to is there, and is unpacked."""
+    (line,) = [words for row in daemon("images", "check").splitlines() if (words := row.split())[0] == name]
+    assert (line[2], line[3], line[-1]) == (digest, "complete", "true")
+
+
+def seen(printed: str) -> dict[str, dict[str, Any]]:
+    return by_path(lines(printed))
+
+
+def expected(layers: Layers) -> dict[str, dict[str, Any]]:
+    return by_path(listing(layers.merged))
+
+
+# ------------------------------------------------------------------------------------------------- pulled back, and converted
+
+
+@pytest.mark.parametrize("form", OCI, ids=str)
+def test_pulled_back(workshop: Workshop, tmp_path: Path, form: Form) -> None:
+    """What was pushed is in the registry as it is in a layout on disk."""
+    with Registries() as registries:
+        done = convert(workshop.reference(form, "docker"), f"oci:{tmp_path}/back:tag", registries=registries)
+    assert done.descriptor.digest == workshop.digest(form)
+    assert blobs(tmp_path / "back") == blobs(Path(workshop.reference(form, "oci").split(":")[1]))
+
+
+@pytest.fixture(scope="module")
+def several(workshop: Workshop, store: Registry) -> str:
+    """An image for two platforms, of which one is not this machine's."""
+    manifests = []
+    for architecture in (HERE, ELSEWHERE):
+        with workshop.layers.image(architecture) as image:
+            done = image.export(f"type=registry,name={store.host}/several:{architecture}")
+        assert done.descriptor is not None
+        manifests.append({**done.descriptor.document(), "platform": {"os": "linux", "architecture": architecture}})
+    digest = store.push_manifest("several", {"schemaVersion": 2, "mediaType": INDEX, "manifests": manifests})
+    return f"docker://{store.host}/several@{digest}"
+
+
+@pytest.mark.parametrize("form", OCI + DOCKER, ids=str)
+def test_several_platforms_converted(
+    several: str, workshop: Workshop, store: Registry, pod: Podman, daemon: Containerd, tmp_path: Path, form: Form
+) -> None:
+    name = f"{store.host}/converted:{form}"
+    done = convert(several, f"docker://{name}", compression=form.compression, oci_types=not form.docker)
+    digest = done.descriptor.digest
+    assert manifest_digest(f"docker://{name}") == digest
+    copy(f"docker://{name}", f"dir:{tmp_path}/dir")
+    assert manifest_digest(f"dir:{tmp_path}/dir") == digest
+    for architecture in (HERE, ELSEWHERE):
+        pulled = pod.pull(f"docker://{name}", "--arch", architecture)
+        assert json.loads(pod("image", "inspect", pulled))[0]["Architecture"] == architecture
+        if architecture == HERE:
+            assert seen(pod.run(pulled)) == expected(workshop.layers)
+    daemon("images", "pull", "--plain-http", "--all-platforms", name)
+    check(daemon, name, digest)
+    assert seen(daemon.run(name)) == expected(workshop.layers)
+
+
+def test_several_platforms_in_one_archive(several: str, workshop: Workshop, daemon: Containerd, tmp_path: Path) -> None:
+    done = convert(several, f"oci-archive:{tmp_path}/archive:example.org/several:1", compression="zstd")
+    assert manifest_digest(f"oci-archive:{tmp_path}/archive") == done.descriptor.digest
+    daemon("images", "import", "--all-platforms", tmp_path / "archive")
+    check(daemon, "example.org/several:1", done.descriptor.digest)
+    assert seen(daemon.run("example.org/several:1")) == expected(workshop.layers)
