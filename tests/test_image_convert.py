@@ -395,6 +395,22 @@ def test_a_variant_is_made_once(scratch: Path, monkeypatch: pytest.MonkeyPatch) 
     assert stored_digests(scratch / "cache") == blobs
 
 
+def test_a_damaged_variant_is_made_anew(scratch: Path) -> None:
+    write_layout(scratch / "source", image(), "v1")
+    with VariantStore(scratch / "cache") as cache:
+        first = convert(f"oci:{scratch}/source:v1", f"oci:{scratch}/one:v1", compression="zstd", cache=cache)
+        digest = first.images[0].layers[1].descriptor.digest
+        path = scratch / "cache/blobs" / digest.replace(":", "/")
+        data = bytearray(path.read_bytes())
+        data[10] ^= 1
+        path.unlink()
+        path.write_bytes(data)
+        second = convert(f"oci:{scratch}/source:v1", f"oci:{scratch}/two:v1", compression="zstd", cache=cache)
+    assert second.descriptor == first.descriptor
+    assert [layer.action for layer in second.images[0].layers] == ["reused", "converted"]
+    read_blob(scratch / "two", digest)
+
+
 class Losing:
     """An upload to a target far away that is lost after some bytes, as often as is wished."""
 

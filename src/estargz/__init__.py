@@ -1,6 +1,7 @@
 """Container image layers that runtimes can pull lazily, built in one pass.
 
 write: source -> tar headers and payloads -> batches -> members x threads -> sink -> table of contents -> Layer
+images: layers -> configuration, manifest -> registry | layout | archive; and back, in another compression
 read:  blob -> footer -> table of contents -> entry -> chunk -> member -> verified bytes
 """
 
@@ -25,12 +26,19 @@ from estargz.errors import (
 from estargz.layer import Layer
 
 if TYPE_CHECKING:
+    from estargz.image.convert import Converted, convert
+    from estargz.image.export import Exported
+    from estargz.image.image import Image
+    from estargz.image.output import Output
+    from estargz.image.variants import VariantStore
     from estargz.reading.blob import Blob, open
     from estargz.reading.extracting import Extracted, extract
     from estargz.reading.verifying import Report, verify
     from estargz.recording import Recorded, record
     from estargz.writing.access_log import AccessLog, PathPattern, match, read_access_log
+    from estargz.registry.client import Registries
     from estargz.writing.building import build
+    from estargz.writing.pool import Pool
     from estargz.writing.writer import Compressor, Writer
 
 __version__ = "0.1.0"
@@ -41,22 +49,30 @@ __all__ = [
     "BlobError",
     "ChangedError",
     "Compressor",
+    "Converted",
     "EstargzError",
+    "Exported",
     "Extracted",
+    "Image",
     "ImageError",
     "Layer",
+    "Output",
     "PathPattern",
+    "Pool",
     "RangeError",
     "Recorded",
+    "Registries",
     "RegistryError",
     "Report",
     "SinkError",
     "SourceError",
     "TarError",
     "UsageError",
+    "VariantStore",
     "VerificationError",
     "Writer",
     "build",
+    "convert",
     "extract",
     "match",
     "open",
@@ -70,12 +86,20 @@ _LAZY = {
     "AccessLog": "estargz.writing.access_log",
     "Blob": "estargz.reading.blob",
     "Compressor": "estargz.writing.writer",
+    "Converted": "estargz.image.convert",
+    "Exported": "estargz.image.export",
     "Extracted": "estargz.reading.extracting",
+    "Image": "estargz.image.image",
+    "Output": "estargz.image.output",
     "PathPattern": "estargz.writing.access_log",
+    "Pool": "estargz.writing.pool",
     "Recorded": "estargz.recording",
+    "Registries": "estargz.registry.client",
     "Report": "estargz.reading.verifying",
+    "VariantStore": "estargz.image.variants",
     "Writer": "estargz.writing.writer",
     "build": "estargz.writing.building",
+    "convert": "estargz.image.convert",
     "extract": "estargz.reading.extracting",
     "match": "estargz.writing.access_log",
     "open": "estargz.reading.blob",

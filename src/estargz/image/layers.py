@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from estargz.errors import BlobError, RangeError, UsageError
+from estargz.errors import BlobError, RangeError, RegistryError, UsageError
 from estargz.image.model import Descriptor, layer_compression, layer_media_type
 from estargz.image.store import ImageSource
 from estargz.layer import TOC_DIGEST, UNCOMPRESSED_DIGEST, Layer
@@ -173,8 +173,10 @@ def layer_kind(layer: StoredLayer) -> tuple[str, str | None]:
 
         with blobs.open(_Ranges(layer), toc_digest=stated) as opened:
             return "estargz", opened.toc_digest
-    except RangeError:  # a server without ranges: its word must do
-        return ("estargz", stated) if stated else ("gzip", None)
+    except (RangeError, RegistryError) as error:
+        if error.status != 200:
+            raise
+        return ("estargz", stated) if stated else ("gzip", None)  # a server without ranges: its word must do
     except (BlobError, UsageError):  # a footer by chance, or an annotation of something else
         return "gzip", None
 

@@ -200,11 +200,17 @@ class LayerMover:
             return self._upload(make, repeatable), False
         if key is None:
             return self._upload_and_keep(make, self._cache, None), False
-        with self._cache.making(key, watch.check) as found:
-            if found is None:
-                return self._upload_and_keep(make, self._cache, key), False
-        self._put_cached(found, self._cache)
-        return found, True
+        for last in (False, True):
+            with self._cache.making(key, watch.check) as found:
+                if found is None:
+                    return self._upload_and_keep(make, self._cache, key), False
+            try:
+                self._put_cached(found, self._cache)
+                return found, True
+            except VerificationError:  # a damaged blob, which the cache has dropped
+                if last:
+                    raise
+        raise AssertionError("unreachable")
 
     def _upload(self, make: Callable[[Any], Layer], repeatable: bool) -> Layer:
         fruitless = 0
