@@ -188,6 +188,17 @@ def test_umoci_unpacks_a_written_layout(tmp_path: Path, root: None) -> None:
     assert (found / "usr/big").stat().st_size == 200_000
 
 
+def test_what_umoci_wrote_is_read(tmp_path: Path, root: None) -> None:
+    (tmp_path / "file").write_bytes(b"inserted\n")
+    command("umoci", "init", "--layout", tmp_path / "made")
+    command("umoci", "new", "--image", f"{tmp_path}/made:v1")
+    command("umoci", "insert", "--image", f"{tmp_path}/made:v1", tmp_path / "file", "/file")
+    found = list(contents_of(f"oci:{tmp_path}/made:v1").values())
+    assert found[0] == skopeo("inspect", "--raw", f"oci:{tmp_path}/made:v1")
+    with tarfile.open(fileobj=io.BytesIO(found[2])) as tar:  # umoci leaves the end of this one out
+        assert (tar.next() or tarfile.TarInfo()).name == "file"
+
+
 @pytest.fixture
 def podman(scratch: Path) -> Callable[..., str]:
     if not IS_ROOT:

@@ -123,25 +123,29 @@ def parse_repository(text: str) -> dict[str, Any]:
     tag = None
     if ":" in rest.rpartition("/")[2]:
         rest, _, tag = rest.rpartition(":")
-    if not _HOST.fullmatch(host) or _port(host) > 65535:
-        raise ValueError(f"{host!r} is no host")
     if host in _HUB_ALIASES:
         host = DOCKER_HUB
     if host == DOCKER_HUB and "/" not in rest:
         rest = f"library/{rest}"
-    if not _REPOSITORY.fullmatch(rest):
+    _check_parts(host, rest, tag)
+    if at:
+        check_digest(digest)
+    elif tag is None:
+        tag = "latest"
+    return {"host": host, "repository": rest, "tag": tag, "digest": digest if at else None}
+
+
+def _check_parts(host: str, repository: str, tag: str | None) -> None:
+    if not _HOST.fullmatch(host) or _port(host) > 65535:
+        raise ValueError(f"{host!r} is no host")
+    if not _REPOSITORY.fullmatch(repository):
         raise ValueError(
-            f"{rest!r} is no repository: small letters, digits, and . _ - between them, components parted by /"
+            f"{repository!r} is no repository: small letters, digits, and . _ - between them, components parted by /"
         )
-    if len(rest) > _MAX_NAME:
+    if len(repository) > _MAX_NAME:
         raise ValueError(f"the repository is longer than {_MAX_NAME} characters")
     if tag is not None and not _TAG.fullmatch(tag):
         raise ValueError(f"{tag!r} is no tag: at most 128 letters, digits and . _ -")
-    if at:
-        check_digest(digest)
-    if tag is None and not at:
-        tag = "latest"
-    return {"host": host, "repository": rest, "tag": tag, "digest": digest if at else None}
 
 
 def _port(host: str) -> int:
