@@ -9,7 +9,8 @@ import ipaddress
 import json
 import re
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -91,7 +92,7 @@ class Settings:
 class Body:
     """What is sent: pieces that are made anew for each attempt, and how many bytes they are; None: nobody knows."""
 
-    def __init__(self, pieces: Callable[[], Iterable[bytes | memoryview]], size: int | None) -> None:
+    def __init__(self, pieces: Callable[[], Generator[bytes | memoryview]], size: int | None) -> None:
         self.size = size
         self.sent = 0  # bytes, by the last attempt
         self._pieces = pieces
@@ -102,21 +103,26 @@ class Body:
         view = memoryview(data)
         return cls(lambda: (view[at : at + _PIECE] for at in range(0, len(view), _PIECE)), len(view))
 
-    def pieces(self, deadline: Deadline) -> Iterator[bytes | memoryview]:
+    def pieces(self, deadline: Deadline) -> Generator[bytes | memoryview]:
         """Raises SourceFailure for what making them raised, since errors of the system would be taken for the network's."""
         self.sent = 0
-        pieces = iter(self._pieces())
-        while True:
-            try:
-                piece = next(pieces, None)
-            except Exception as error:
-                raise SourceFailure(error) from error
-            if piece is None:
-                return
-            if deadline.left() <= 0:
-                raise Failure("not done in time", "the connection is too slow")
-            yield piece
-            self.sent += len(piece)
+        pieces = self._pieces()
+        try:
+            while (piece := self._next(pieces)) is not None:
+                if deadline.left() <= 0:
+                    raise late(deadline, None)
+                yield piece
+                self.sent += len(piece)
+        finally:
+            pieces.close()
+
+    def _next(self, pieces: Iterator[bytes | memoryview]) -> bytes | memoryview | None:
+        try:
+            return next(pieces, None)
+        except Failure:
+            raise
+        except Exception as error:
+            raise SourceFailure(error) from error
 
 
 class SourceFailure(Exception):
@@ -153,7 +159,7 @@ class _Refusal(Failure):
 
 
 class Tries:
-    """When to try again: at once MAX_FRUITLESS times, MAX_TRIES times in all, with pauses that grow."""
+    """When to try again: until MAX_FRUITLESS failures in a row or MAX_TRIES in all, with pauses that grow."""
 
     def __init__(self, sleep: Callable[[float], object]) -> None:
         self._sleep = sleep
@@ -216,7 +222,8 @@ class Host:
                         break
                     if failure.transient and home.scheme == "http" and not tries.count:
                         break  # once more, rather than take a cut connection for a sign
-            tries.again(failures[0])
+            # A certificate that is not trusted tells more than that plain HTTP was not understood.
+            tries.again(next((failure for failure in reversed(failures) if not failure.transient), failures[0]))
 
     def _greet(self, home: Url) -> None:
         """Asks whether a registry is there, and what it wants to see. Raises Failure."""
@@ -307,12 +314,13 @@ class Host:
         if left <= 0:
             raise late(deadline, place)
         framing = {} if body is None or body.size is None else {"content-length": str(body.size)}
+        pieces = None if body is None else body.pieces(deadline)
         try:
             with deadline.applies():
                 return self._pools.of(place).urlopen(
                     method,
                     place.url,
-                    body=None if body is None else body.pieces(deadline),
+                    body=pieces,
                     chunked=body is not None and body.size is None,
                     headers={"user-agent": USER_AGENT, "accept-encoding": "identity", **headers, **framing},
                     timeout=Timeout(connect=min(self.settings.timeout, left), read=min(patience, left)),
@@ -327,15 +335,22 @@ class Host:
         except Failure as failure:
             failure.place = place
             raise
+        finally:
+            if pieces is not None:
+                pieces.close()  # what they are read from, too
 
     def _token_server(self, method: str, url: Url, headers: Mapping[str, str], form: bytes | None) -> bytes:
         """What a token server answers. Credentials in the headers go to its own origin alone."""
-        tries = Tries(self.settings.sleep or threading.Event().wait)
+        tries = Tries(time.sleep if self.settings.sleep is None else self.settings.sleep)
         while True:
             try:
                 return self._ask_token_server(method, url, headers, form)
             except Failure as failure:
-                tries.again(failure)
+                try:
+                    tries.again(failure)
+                except Failure:
+                    failure.transient = False  # or else it would be tried as often for every try of the request
+                    raise
 
     def _ask_token_server(self, method: str, url: Url, headers: Mapping[str, str], form: bytes | None) -> bytes:
         deadline = Deadline(self.settings.timeout)
@@ -377,10 +392,10 @@ class Requests:
         self._under_way: set[Deadline] = set()
         self._apart: WeakSet[Requests] = WeakSet()
         self._lock = threading.Lock()
-        self.sleep = self.settings.sleep or self._closed.wait
+        self.sleep = self._closed.wait if self.settings.sleep is None else self.settings.sleep
 
     def apart(self) -> Requests:
-        """The same, to be closed without these, though not after them."""
+        """The same, to be closed before these, or with them."""
         requests = Requests(self.host, self.repository, self.name)
         with self._lock:
             self._apart.add(requests)
@@ -586,7 +601,7 @@ def _stated_error(data: bytes) -> tuple[str, str]:
     code = code if isinstance(code, str) and re.fullmatch(r"[A-Z0-9_]{1,64}", code) else ""
     message = message if isinstance(message, str) else ""
     # It is the registry's text: what looks like a URL may hold a signature.
-    return code, printable(re.sub(r"\?[^\s\"']*", "?REDACTED", message)[:200])
+    return code, printable(re.sub(r"\?[^\s\"']+", "?REDACTED", message)[:200])
 
 
 def late(deadline: Deadline, place: Url | None) -> Failure:

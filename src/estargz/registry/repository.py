@@ -30,6 +30,7 @@ from estargz.registry.upload import Session, Upload, check_stated_digest, has_bl
 
 __all__ = ["Repository"]
 
+_NO_MOUNT = {400, 401, 403, 404, 405}  # how registries, and their token servers, refuse it
 _ACCEPT = ", ".join((OCI_INDEX, OCI_MANIFEST, DOCKER_LIST, DOCKER_MANIFEST))
 
 
@@ -188,13 +189,18 @@ class Repository:
         if source._requests.repository == self._requests.repository:
             return has_blob(self._requests, descriptor)
         requests, origin = self._requests, source._requests
-        answer = requests.ask(
-            "POST",
-            f"blobs/uploads/?mount={descriptor.digest}&from={origin.repository}",
-            f"mount {descriptor.digest}",
-            ok={201, 202, 400, 401, 403, 404, 405},
-            scopes=(*requests.scopes("pull,push"), *origin.scopes("pull")),
-        )
+        try:
+            answer = requests.ask(
+                "POST",
+                f"blobs/uploads/?mount={descriptor.digest}&from={origin.repository}",
+                f"mount {descriptor.digest}",
+                ok={201, 202},
+                scopes=(*requests.scopes("pull,push"), *origin.scopes("pull")),
+            )
+        except RegistryError as error:
+            if error.status in _NO_MOUNT:
+                return False
+            raise
         with requests.reported("POST", f"mount {descriptor.digest}"):
             if answer.status == 202:  # not known there: the registry has opened an upload instead
                 Session(requests, answer).cancel()

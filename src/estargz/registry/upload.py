@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import queue
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from types import TracebackType
@@ -16,7 +16,7 @@ from typing import Self
 
 from urllib3.util import Url
 
-from estargz.errors import EstargzError, RegistryError, UploadBrokenError, VerificationError
+from estargz.errors import EstargzError, RegistryError, UploadBrokenError, UsageError, VerificationError
 from estargz.http import Failure, parse, printable
 from estargz.image.model import Descriptor
 from estargz.image.store import BlobReader
@@ -84,7 +84,7 @@ class Session:
         """Asks how much the registry has; whether it knows. Raises RegistryError when it cannot be reached."""
         scopes = self._requests.scopes("pull,push")
         try:
-            answer = self._requests.ask("GET", self._place, "upload", ok={204}, scopes=scopes)
+            answer = self._requests.ask("GET", self._place, "upload", ok={200, 202, 204}, scopes=scopes)
         except RegistryError as error:
             if error.status is None:
                 raise
@@ -97,10 +97,11 @@ class Session:
 
     def cancel(self) -> None:
         """Has the registry forget it, if it can be reached soon."""
+        old = self._requests
+        requests = Requests(old.host, old.repository, old.name)  # the old ones may be closed
         with suppress(Failure, EstargzError):
-            scopes = self._requests.scopes("pull,push")
-            ok = {200, 202, 204, 404}
-            self._requests.apart().once("DELETE", self._place, ok=ok, scopes=scopes, deadline=_ABORT_SECONDS)
+            ok, scopes = {200, 202, 204, 404}, requests.scopes("pull,push")
+            requests.once("DELETE", self._place, ok=ok, scopes=scopes, deadline=_ABORT_SECONDS)
 
     def _once(
         self, method: str, place: Url, ok: set[int], headers: dict[str, str], body: Body, *, streams: bool
@@ -218,7 +219,7 @@ def _put_whole(
 
 
 def _rest(open: Callable[[], BlobReader], descriptor: Descriptor, offset: int) -> Body:
-    def pieces() -> Iterator[bytes]:
+    def pieces() -> Generator[bytes]:
         with open() as reader:
             at = 0
             while piece := reader.read(_PIECE):
@@ -294,6 +295,7 @@ class Upload:
 
     def write(self, data: bytes, /) -> int:
         """Raises UploadBrokenError and RegistryError, as soon as the thread that sends has met one."""
+        self._check_open()
         if self._sending is not None and self._sending.done():
             self._sending.result()
         view = memoryview(data).cast("B")
@@ -309,6 +311,7 @@ class Upload:
 
     def commit(self, digest: str, size: int) -> None:
         """Raises UploadBrokenError, RegistryError, VerificationError."""
+        self._check_open()
         if size != self._written:
             raise VerificationError(f"{self._requests.name}: {self._written} bytes were written of a blob of {size}")
         descriptor = Descriptor(_OCTETS, digest, size)
@@ -318,6 +321,10 @@ class Upload:
             self._finish()
             self._close(descriptor)
         self._end()
+
+    def _check_open(self) -> None:
+        if self._ended:
+            raise UsageError(f"{self._requests.name}: the upload has ended")
 
     def _hand_over(self) -> None:
         """Gives the chunk to the thread, when that is done with the one before."""
@@ -409,6 +416,7 @@ class StreamedUpload(Upload):
     def __init__(self, requests: Requests, session: Session, chunk_size: int, whole: bool) -> None:
         super().__init__(requests, session, min(chunk_size, _PIECE), whole)
         self._pieces: queue.Queue[bytearray | None] = queue.Queue(2)
+        self._begun = False
 
     def _hand_over(self) -> None:
         if self._thread is None:
@@ -431,7 +439,7 @@ class StreamedUpload(Upload):
         super()._finish()
 
     def _stream(self) -> None:
-        body = Body(lambda: iter(self._pieces.get, None), None)  # type: ignore[arg-type]
+        body = Body(self._taken, None)
         try:
             self._session.send(body, streams=True)
         except Failure as failure:
@@ -441,6 +449,13 @@ class StreamedUpload(Upload):
                 raise
         finally:
             self.sent = body.sent
+
+    def _taken(self) -> Generator[memoryview]:
+        if self._begun:
+            raise _transient("asks for the whole blob again")
+        self._begun = True
+        while (piece := self._pieces.get()) is not None:
+            yield memoryview(piece)
 
     def abort(self) -> None:
         with suppress(queue.Full):
