@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
@@ -163,8 +164,7 @@ class Daemon:
 
     def build(self, tree: Path) -> None:
         """Copies the tree into a snapshot of the daemon's that has no blob yet; everything else is dropped."""
-        self._fresh = None
-        self._drop()
+        self.drop()
         self._solve(tree)
         os.sync()  # what the copying left to be written must not be written while the step is timed
         self._fresh = tree.resolve()
@@ -248,10 +248,19 @@ class Daemon:
             command, capture_output=True, text=True, check=False, timeout=timeout, env=self._environment()
         )
 
+    @property
+    def pid(self) -> int:
+        """Of the daemon, which is one process."""
+        return self._process.pid
+
     def _solve(self, tree: Path, *options: str, step: Step | None = None) -> None:
-        """Runs the build, as far as it is not cached. ``step`` is told of all that happens, when it happens."""
+        """Runs the build of the tree, as far as it is not cached."""
+        local = ["--local", f"context={tree.resolve()}", "--local", f"dockerfile={self._folder / 'dockerfile'}"]
+        self.solve(*options, *local, see=step and step.see)
+
+    def solve(self, *options: str, see: Callable[[dict[str, Any]], None] | None = None) -> None:
+        """Runs the build of a Dockerfile, as far as it is not cached. ``see`` is told of all that happens, when it happens."""
         command = self._command("build", "--frontend", "dockerfile.v0", "--progress", "rawjson", *options)
-        command += ["--local", f"context={tree.resolve()}", "--local", f"dockerfile={self._folder / 'dockerfile'}"]
         words: deque[str] = deque(maxlen=10)
         with subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=self._environment()
@@ -261,16 +270,17 @@ class Daemon:
                 for line in process.stderr:
                     if not line.startswith("{"):
                         words.append(line)
-                    elif step is not None:
-                        step.see(json.loads(line))
+                    elif see is not None:
+                        see(json.loads(line))
             except BaseException:
                 process.kill()
                 raise
         if process.returncode:
             raise Failure(f"buildctl failed with status {process.returncode}: {''.join(words).strip()[-500:]}")
 
-    def _drop(self) -> None:
+    def drop(self) -> None:
         """Empties the cache. What the last build has not let go of yet is tried again."""
+        self._fresh = None
         deadline = time.monotonic() + END_SECONDS
         while True:
             pruned = self.buildctl("prune", "--all")

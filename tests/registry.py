@@ -39,10 +39,11 @@ http: {{addr: "127.0.0.1:0", relativeurls: true}}
 
 
 class Registry:
-    """A client of one registry. ``host`` is its address and port, as references and URLs have it."""
+    """A client of one registry. ``host`` is its address and port, as references and URLs have it; ``pid`` its process."""
 
-    def __init__(self, host: str) -> None:
+    def __init__(self, host: str, pid: int) -> None:
         self.host = host
+        self.pid = pid
         # Not by the environment's proxy, whatever that may be.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -112,7 +113,7 @@ def registry(folder: Path) -> Iterator[Registry]:
             [*guard, PROGRAM, "serve", str(config)], stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=folder
         )
     try:
-        yield Registry(wait_for_host(process, log))
+        yield Registry(wait_for_host(process, log), process.pid)
     finally:
         process.terminate()
         try:

@@ -303,6 +303,13 @@ def test_a_platform_that_is_missing_is_named(scratch: Path) -> None:
         converted(several_platforms(), scratch, platforms=["linux/amd64", "linux/riscv64"])
 
 
+def test_an_archive_of_dockers_is_for_one_platform(scratch: Path) -> None:
+    write_layout(scratch / "source", several_platforms(), "v1")
+    with pytest.raises(UsageError, match="choose a platform"):
+        convert(f"oci:{scratch}/source:v1", f"docker-archive:{scratch}/image.tar:app:1")
+    convert(f"oci:{scratch}/source:v1", f"docker-archive:{scratch}/image.tar:app:1", platforms=["linux/arm64"])
+
+
 def test_the_base_stays_unless_forced(scratch: Path) -> None:
     base = image((images.FILES[0],))
     write_layout(scratch / "base", base, "v1")

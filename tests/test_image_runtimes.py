@@ -1,10 +1,14 @@
-"""Images that the package writes, in the hands of others: skopeo and umoci take them, podman and containerd run them."""
+"""Images that the package writes, in the hands of others: skopeo and umoci take them, podman, containerd and BuildKit run them.
+
+And the other way round: those that BuildKit pushed, converted.
+"""
 
 from __future__ import annotations
 
 import json
 import platform
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,9 +17,10 @@ from typing import Any
 
 import pytest
 from applied import Found, snapshot
-from conftest import missing
+from conftest import REPOSITORY, missing
 from registry import PROGRAM, Registry, registry, sha256
 from runtimes import (
+    RUN_SECONDS,
     Containerd,
     Podman,
     Sandbox,
@@ -26,6 +31,7 @@ from runtimes import (
     listing,
     podman,
     run,
+    run_in_buildkit,
     sandbox,
 )
 from trees import CAPABILITY, SECOND, WHOLE, Tree, overlay_mount
@@ -35,10 +41,15 @@ from estargz.image.convert import convert
 from estargz.image.image import Image
 from estargz.registry.client import Registries
 
+sys.path.insert(0, str(REPOSITORY / "bench"))
+
+import buildkitd
+
 pytestmark = pytest.mark.usefixtures("overlay")
 
 HERE = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
 ELSEWHERE = "s390x"
+MANIFEST_LIST = "application/vnd.docker.distribution.manifest.list.v2+json"
 INDEX = "application/vnd.oci.image.index.v1+json"
 
 
@@ -445,3 +456,143 @@ def test_several_platforms_in_one_archive(several: str, workshop: Workshop, daem
     daemon("images", "import", "--all-platforms", tmp_path / "archive")
     check(daemon, "example.org/several:1", done.descriptor.digest)
     assert seen(daemon.run("example.org/several:1")) == expected(workshop.layers)
+
+
+# ------------------------------------------------------------------------------------------------- BuildKit
+
+
+BUILDKIT_CONFIG = """\
+[registry."{host}"]
+http = true
+"""
+DOCKERFILE = """\
+FROM scratch
+COPY layers/base /
+COPY layers/added /tree/added
+ENTRYPOINT ["/bin/show"]
+CMD ["/tree"]
+"""
+REFERENCE = "vnd.docker.reference.digest"
+COMPRESSIONS = [form.compression for form in OCI]
+
+
+@dataclass(slots=True)
+class BuildKit:
+    """A daemon that builds from images of a registry, and pushes an image of its own there in every compression."""
+
+    daemon: buildkitd.Daemon
+    folder: Path
+    """The context of its build."""
+    store: Registry
+
+    def run(self, image: str, *command: str) -> str:
+        place = self.folder / "from"
+        place.mkdir(exist_ok=True)
+        return run_in_buildkit(self.daemon, place, image, *command)
+
+    def push(self, compression: str, *, docker: bool = False) -> str:
+        """A reference to its image, with the attestation that it makes by default; Docker's types have none."""
+        name = f"{self.store.host}/buildkit:{'docker-' if docker else ''}{compression}"
+        (self.folder / "Dockerfile").write_text(DOCKERFILE)
+        (self.folder / "Dockerfile.dockerignore").write_text("*\n!layers/base\n!layers/added\n")
+        options = ["--frontend", "dockerfile.v0", "--opt", f"platform=linux/{HERE},linux/{ELSEWHERE}"]
+        options += [] if docker else ["--opt", "attest:provenance="]
+        options += [part for kind in ("context", "dockerfile") for part in ("--local", f"{kind}={self.folder}")]
+        output = f"type=image,name={name},push=true,compression={compression},force-compression=true"
+        output += f",oci-mediatypes={str(not docker).lower()}"
+        done = self.daemon.buildctl("build", *options, "--output", output, timeout=RUN_SECONDS)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return f"docker://{name}"
+
+
+@pytest.fixture(scope="module")
+def buildkit(folder: Path, layers: Layers, store: Registry) -> Iterator[BuildKit]:
+    if (reason := buildkitd.missing()) is not None:
+        missing(reason)
+    if not buildkitd.built():
+        missing("buildkitd is not built: scripts/buildkit does it, in some minutes")
+    Tree(folder / "layers/added").file("file", b"added")
+    place = folder / "buildkit"
+    place.mkdir()
+    with buildkitd.Daemon(place, config=BUILDKIT_CONFIG.format(host=store.host)) as daemon:
+        yield BuildKit(daemon, folder, store)
+
+
+@forms_by_place("docker")
+def test_buildkit_builds_from(workshop: Workshop, buildkit: BuildKit, form: Form, place: str) -> None:
+    workshop.reference(form, place)
+    image = f"{workshop.name(form, place)}@{workshop.digest(form)}"
+    assert seen(buildkit.run(image, "/bin/show", "/tree")) == expected(workshop.layers)
+
+
+@pytest.fixture(scope="module")
+def pushed(buildkit: BuildKit) -> dict[str, str]:
+    """References to BuildKit's image, by its compression."""
+    return {compression: buildkit.push(compression) for compression in COMPRESSIONS}
+
+
+@pytest.fixture(scope="module")
+def as_pushed(pushed: dict[str, str], pod: Podman) -> dict[str, dict[str, Any]]:
+    """What a container sees of it."""
+    found = seen(pod.run(pod.pull(pushed["uncompressed"])))
+    assert {"/tree/kept", "/tree/added/file"} < set(found)
+    return found
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("origin", COMPRESSIONS)
+def test_buildkits_image_converted(
+    pushed: dict[str, str],
+    as_pushed: dict[str, dict[str, Any]],
+    store: Registry,
+    pod: Podman,
+    tmp_path: Path,
+    origin: str,
+    compression: str,
+) -> None:
+    name = f"docker://{store.host}/converted-from-{origin}:{compression}"
+    done = convert(pushed[origin], name, compression=compression)
+    assert manifest_digest(name) == done.descriptor.digest
+    assert (done.descriptor.digest == manifest_digest(pushed[origin])) is (origin == compression)
+    before, after = index_of(pushed[origin]), index_of(name)
+    assert [one["platform"] for one in after] == [one["platform"] for one in before]
+    images = [one["digest"] for one in after[:2]]
+    assert [one["annotations"][REFERENCE] for one in after[2:]] == images
+    attested = [inspect_by_digest(name, one) for one in after[2:]]
+    assert [one.pop("subject")["digest"] for one in attested] == images
+    original = [inspect_by_digest(pushed[origin], one) for one in before[2:]]
+    assert attested == [{key: value for key, value in one.items() if key != "subject"} for one in original]
+    copy(name, f"dir:{tmp_path}/dir")  # all blobs, statements too
+    assert seen(pod.run(pod.pull(name))) == as_pushed
+    if compression != "estargz":  # the tars are those that BuildKit made
+        assert diff_ids(name) == diff_ids(pushed["uncompressed"])
+
+
+def test_buildkits_docker_image_converted(
+    buildkit: BuildKit, as_pushed: dict[str, dict[str, Any]], pod: Podman, store: Registry
+) -> None:
+    """A list of Docker's manifests, which have no attestations, becomes an index."""
+    origin = buildkit.push("gzip", docker=True)
+    assert json.loads(inspect(origin, "--raw"))["mediaType"] == MANIFEST_LIST
+    done = convert(origin, f"docker://{store.host}/converted-from-docker", compression="estargz")
+    image = f"{store.host}/converted-from-docker@{done.descriptor.digest}"
+    assert [one["platform"] for one in index_of(f"docker://{image}")] == [one["platform"] for one in index_of(origin)]
+    assert seen(pod.run(pod.pull(f"docker://{image}"))) == as_pushed
+    assert seen(buildkit.run(image, "/bin/show", "/tree")) == as_pushed
+
+
+def index_of(reference: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads(inspect(reference, "--raw"))["manifests"]
+    return found
+
+
+def inspect_by_digest(reference: str, descriptor: dict[str, Any]) -> dict[str, Any]:
+    repository = reference.rpartition(":")[0]
+    found: dict[str, Any] = json.loads(inspect(f"{repository}@{descriptor['digest']}", "--raw"))
+    return found
+
+
+def diff_ids(reference: str) -> list[str]:
+    """Of the image for this machine."""
+    found: list[str] = json.loads(inspect(reference, "--config"))["rootfs"]["diff_ids"]
+    return found

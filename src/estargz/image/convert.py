@@ -95,8 +95,11 @@ def convert(
         origin = open_source(_reference(source), registries)
         opened.callback(origin.close)
         tree = read_tree(origin, wanted)
+        to = _reference(dest)
+        if to.transport == "docker-archive" and len(images_of(tree)) != 1:
+            raise UsageError(f"{to}: an archive of docker's has no index, and one platform's image; choose a platform")
         kept = [] if base is None or force else _layers_of_base(_reference(base), registries)
-        target = open_target(_reference(dest), registries)
+        target = open_target(to, registries)
         opened.callback(target.close)
         mover = LayerMover(target, form, pool=pool or Pool(), cache=cache, report=report)
         writer = TreeWriter(origin, target, oci=family, attestations=attestations)
