@@ -38,6 +38,9 @@ SOCKET_PATH_MAX = 107  # unix(7)
 START_SECONDS = 60.0
 END_SECONDS = 20.0
 
+See = Callable[[dict[str, Any]], None]
+"""Is told what a build's daemon tells, a line of progress each time."""
+
 # Without history, as a record of a build keeps its blobs alive; without collection, as what it takes away is ours to drop.
 CONFIG = """\
 {config}
@@ -180,16 +183,17 @@ class Daemon:
         if self._fresh != tree.resolve():
             self.build(tree)
         self._fresh = None
-        metadata, step = self._folder / "metadata.json", Step(self._process.pid)
+        metadata, steps = self._folder / "metadata.json", Steps(self.pid, STEP)
         output = output_options(dest, compression, level)
         with watched_space(self._folder) as space:
             started, clock = time.time_ns(), time.perf_counter()
-            self._solve(tree, "--metadata-file", str(metadata), "--output", output, step=step)
+            self._solve(tree, "--metadata-file", str(metadata), "--output", output, see=steps.see)
             total = time.perf_counter() - clock
         layer = self._layer(json.loads(metadata.read_text()))
         if layer.stat().st_ctime_ns < started:
             raise Failure("buildkitd took the blob from its cache")
-        return step.export(total, layer.stat().st_size, space.most())
+        size = layer.stat().st_size
+        return Export(seconds=steps.seconds(STEP), total=total, size=size, space=space.most(), **steps.costs())
 
     def _furnish(self) -> None:
         """Everything that the daemon is started with. Raises Failure."""
@@ -253,12 +257,12 @@ class Daemon:
         """Of the daemon, which is one process."""
         return self._process.pid
 
-    def _solve(self, tree: Path, *options: str, step: Step | None = None) -> None:
+    def _solve(self, tree: Path, *options: str, see: See | None = None) -> None:
         """Runs the build of the tree, as far as it is not cached."""
         local = ["--local", f"context={tree.resolve()}", "--local", f"dockerfile={self._folder / 'dockerfile'}"]
-        self.solve(*options, *local, see=step and step.see)
+        self.solve(*options, *local, see=see)
 
-    def solve(self, *options: str, see: Callable[[dict[str, Any]], None] | None = None) -> None:
+    def solve(self, *options: str, see: See | None = None) -> None:
         """Runs the build of a Dockerfile, as far as it is not cached. ``see`` is told of all that happens, when it happens."""
         command = self._command("build", "--frontend", "dockerfile.v0", "--progress", "rawjson", *options)
         words: deque[str] = deque(maxlen=10)
@@ -364,54 +368,66 @@ def usage(pid: int) -> Usage:
     )
 
 
-class Step:
-    """Reads the daemon's counters when the step begins and when it ends.
+class Steps:
+    """Reads the daemon's counters when the first of some steps begins and when the last ends, and its clock.
 
     That is known some 15 ms late, alike for both. It keeps out what else an export does: at every call the daemon
-    compares the tree with its copy, which takes seconds where there are many files.
+    compares the tree with its copy, which takes seconds where there are many files. ``kinds``: how the steps' names begin.
     """
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, *kinds: str) -> None:
         self._pid = pid
-        self._seconds = 0.0
-        self._peak = 0
+        self._kinds = kinds
+        self._spans: dict[str, tuple[datetime, datetime]] = {}
         self._before: Usage | None = None
         self._after: Usage | None = None
+        self._peak = 0
 
     def see(self, progress: dict[str, Any]) -> None:
         for status in progress.get("statuses", ()):
-            if status["id"] == STEP:
-                self._begin()
-                if "completed" in status:
-                    self._end(status)
+            if not status["id"].startswith(self._kinds):
+                continue
+            self.begin()
+            if "completed" in status:
+                started, completed = (datetime.fromisoformat(status[name]) for name in ("started", "completed"))
+                self._spans[status["id"]] = started, completed
+                self.end()
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        """Counts from here, unless a step has begun already."""
         if self._before is None:
             Path(f"/proc/{self._pid}/clear_refs").write_text("5")  # the peak starts from here
             self._before = usage(self._pid)
 
-    def _end(self, status: dict[str, str]) -> None:
+    def end(self) -> None:
+        """Counts up to here, unless a step ends later."""
         self._after, self._peak = usage(self._pid), peak(self._pid)
-        started, completed = (datetime.fromisoformat(status[name]) for name in ("started", "completed"))
-        self._seconds = (completed - started).total_seconds()
 
-    def export(self, total: float, size: int, space: int) -> Export:
+    def span(self, *kinds: str) -> tuple[datetime, datetime]:
+        """When the first of these steps began and the last ended. Raises Failure where there was none."""
+        spans = [span for name, span in self._spans.items() if name.startswith(kinds)]
+        if not spans:
+            raise Failure(f"buildkitd has not told of a step {' or '.join(map(repr, kinds))}")
+        return min(started for started, _ in spans), max(completed for _, completed in spans)
+
+    def seconds(self, *kinds: str) -> float:
+        started, completed = self.span(*kinds)
+        return (completed - started).total_seconds()
+
+    def costs(self) -> dict[str, Any]:
+        """What was taken in between, by the names that Export and Run have for it."""
         before, after = self._before, self._after
         if before is None or after is None:
-            raise Failure(f"buildkitd has not told of a step {STEP!r}")
+            raise Failure("buildkitd has not told of any step")
         cpu, moved = after.cpu - before.cpu, {name: after.moved[name] - before.moved[name] for name in after.moved}
-        return Export(
-            seconds=self._seconds,
-            total=total,
-            size=size,
-            cpu=cpu,
-            written=moved["write_bytes"],
-            peak=self._peak,
-            others=max(0.0, after.busy - before.busy - cpu),
-            read=moved["rchar"],
-            disk_read=moved["read_bytes"],
-            space=space,
-        )
+        return {
+            "cpu": cpu,
+            "peak": self._peak,
+            "others": max(0.0, after.busy - before.busy - cpu),
+            "read": moved["rchar"],
+            "written": moved["write_bytes"],
+            "disk_read": moved["read_bytes"],
+        }
 
 
 def peak(pid: int) -> int:
