@@ -450,6 +450,10 @@ class Pools:
         """Ends the connections that nobody uses; the others end when they are let go."""
         with self._lock:
             for manager in self._managers.values():
+                # clear() leaves closing to the collector, and the frames of an error may hold a pool for long.
+                for key in list(manager.pools.keys()):
+                    if (pool := manager.pools.get(key)) is not None:
+                        pool.close()
                 manager.clear()
             self._managers.clear()
 

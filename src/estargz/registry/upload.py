@@ -181,8 +181,8 @@ def put_blob(
     session:  to begin with; else one is opened
 
     A connection that breaks is no end: what the registry kept of the blob is not sent again, if it can say how much that
-    is; otherwise the upload begins anew. Five failures in a row are the end that come before a MiB was sent, and fifty in
-    all. Raises RegistryError, VerificationError, and what ``open`` and reading raise.
+    is; otherwise the upload begins anew. Five failures in a row are the end that come before a MiB was sent, or anything was
+    kept, and fifty in all. Raises RegistryError, VerificationError, and what ``open`` and reading raise.
     """
     if not _put_whole(requests, descriptor, open, session):
         _put_chunks(requests, descriptor, open)
@@ -192,14 +192,15 @@ def _put_whole(
     requests: Requests, descriptor: Descriptor, open: Callable[[], BlobReader], session: Session | None
 ) -> bool:
     """Whether the registry takes blobs by one request."""
-    tries = requests.tries()
+    tries, reached = requests.tries(), 0
     while True:
         session = session or Session.open(requests)
-        body = _rest(open, descriptor, session.offset)
+        begin = session.offset
+        body = _rest(open, descriptor, begin)
         try:
-            if 0 < session.offset < descriptor.size:
+            if 0 < begin < descriptor.size:
                 session.send(body, streams=True)
-            session.close(descriptor.digest, None if session.offset else body)
+            session.close(descriptor.digest, None if begin else body)
             return True
         except SourceFailure as failure:
             session.cancel()
@@ -211,7 +212,8 @@ def _put_whole(
                 return False
             failure.transient |= _is_lost(failure)
             with requests.reported("PUT", f"blob {descriptor.digest}", tries):
-                tries.again(failure, progress=body.sent >= _PROGRESS)
+                tries.again(failure, progress=body.sent >= _PROGRESS or begin > reached)
+            reached = begin
         if has_blob(requests, descriptor):
             return True  # the answer was all that was lost
         if not session.find_out() or session.offset > descriptor.size:
@@ -345,7 +347,7 @@ class Upload:
     def _send(self, chunk: bytearray) -> None:
         session, begin = self._session, self._session.offset
         end = begin + len(chunk)
-        tries = self._requests.tries()
+        tries, reached = self._requests.tries(), begin
         while session.offset < end:
             before = session.offset
             body = Body.of(memoryview(chunk)[before - begin :])
@@ -359,7 +361,8 @@ class Upload:
                 if _is_lost(failure) or self._requests.host.takes_chunks is False:
                     raise self._broken(failure) from failure
                 with self._requests.reported("PATCH", "blob", tries):
-                    tries.again(failure, progress=body.sent >= _PROGRESS)
+                    tries.again(failure, progress=body.sent >= _PROGRESS or before > reached)
+                reached = before
                 if not session.find_out() or not begin <= session.offset <= end:
                     raise self._broken(failure) from failure
             self.sent = session.offset
