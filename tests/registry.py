@@ -33,6 +33,7 @@ log: {{level: info, formatter: text, accesslog: {{disabled: true}}}}
 storage: {{filesystem: {{rootdirectory: {storage}}}}}
 http: {{addr: "127.0.0.1:0", relativeurls: true}}
 """
+GUARD = "auth: {{htpasswd: {{realm: test, path: {users}}}}}\n"
 
 
 # ------------------------------------------------------------------------------------------------- the registry
@@ -103,10 +104,14 @@ class Registry:
 
 
 @contextmanager
-def registry(folder: Path) -> Iterator[Registry]:
-    """Runs a registry that keeps all it has, its log too, in an empty directory. It goes when the thread that asked does."""
+def registry(folder: Path, users: Path | None = None) -> Iterator[Registry]:
+    """Runs a registry that keeps all it has, its log too, in an empty directory. It goes when the thread that asked does.
+
+    users:  a file of htpasswd's, with bcrypt, of those who may do anything
+    """
     config, log = folder / "config.yml", folder / "log"
-    config.write_text(CONFIG.format(storage=json.dumps(str(folder / "storage"))))
+    guarded = GUARD.format(users=json.dumps(str(users))) if users else ""
+    config.write_text(CONFIG.format(storage=json.dumps(str(folder / "storage"))) + guarded)
     guard = ["setpriv", "--pdeathsig", "KILL", "--"] if shutil.which("setpriv") else []
     with log.open("wb") as out:
         process = subprocess.Popen(
