@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 from conftest import IS_ROOT, REPOSITORY, missing
@@ -24,6 +24,7 @@ sys.path.insert(0, str(REPOSITORY / "bench"))
 
 import buildkitd
 
+Input = IO[bytes] | None
 RUN_SECONDS = 60.0
 START_SECONDS = 30.0
 END_SECONDS = 10.0
@@ -64,14 +65,15 @@ class Sandbox:
         """A command line for outside that runs one inside. Its directory is the root."""
         return ["nsenter", f"--mount=/proc/{self._holder.pid}/ns/mnt", "--", *map(str, words)]
 
-    def run(self, *words: str | Path) -> str:
+    def run(self, *words: str | Path, stdin: Input = None) -> str:
         """What a command prints that succeeds."""
-        return run(*self.command(*words))
+        return run(*self.command(*words), stdin=stdin)
 
 
-def run(*words: str | Path) -> str:
+def run(*words: str | Path, stdin: Input = None) -> str:
     """What a command prints that succeeds."""
-    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=RUN_SECONDS)
+    given = subprocess.DEVNULL if stdin is None else stdin
+    done = subprocess.run(words, stdin=given, capture_output=True, check=False, timeout=RUN_SECONDS)
     said = done.stderr.decode(errors="replace")
     assert done.returncode == 0, f"{' '.join(map(str, words))}: {said[-2000:]}"
     return done.stdout.decode()
@@ -112,11 +114,12 @@ class Podman:
         self._sandbox = sandbox
         self._group = f"estargz-test-{os.getpid()}"
 
-    def __call__(self, *words: str | Path) -> str:
+    def __call__(self, *words: str | Path, stdin: Input = None) -> str:
         folder = self._sandbox.folder
-        places = ["--root", folder / "storage", "--runroot", "/run/storage", "--tmpdir", "/run/podman"]
+        places = [f"--root={folder}/storage", "--runroot=/run/storage", "--tmpdir=/run/podman"]
+        places.append(f"--network-config-dir={folder}/networks")
         ways = ["--runtime=runc", "--cgroup-manager=cgroupfs", "--events-backend=none", "--storage-driver=overlay"]
-        return self._sandbox.run("podman", *places, *ways, f"--network-config-dir={folder}", *words)
+        return self._sandbox.run("podman", *places, *ways, *words, stdin=stdin)
 
     def pull(self, reference: str, *options: str) -> str:
         """Fetches an image whole; its ID. A registry needs no TLS."""
@@ -157,8 +160,8 @@ class Containerd:
         self._process = process
         self._containers = 0
 
-    def __call__(self, *words: str | Path) -> str:
-        return self._sandbox.run("ctr", "--address", self._sandbox.folder / "socket", *words)
+    def __call__(self, *words: str | Path, stdin: Input = None) -> str:
+        return self._sandbox.run("ctr", "--address", self._sandbox.folder / "socket", *words, stdin=stdin)
 
     def run(self, image: str, *command: str) -> str:
         """What a command in an image prints. Without one it is the image's own."""

@@ -8,15 +8,17 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from applied import Found, snapshot
+from applied import COMMAND, Found, snapshot
 from conftest import REPOSITORY, missing
 from registry import PROGRAM, Registry, registry, sha256
 from runtimes import (
@@ -163,7 +165,7 @@ def change_mounted(tree: Tree) -> None:
     tree.remove("tree/opaque")
     tree.file("tree/opaque/above", b"nothing of what was below")
     tree.file("tree/changed", b"by overlay")
-    tree.meta("tree/capable", owner=(7, 8))
+    tree.meta("tree/becomes-directory/file", owner=(7, 8))
     tree.file("tree/by-overlay")
 
 
@@ -364,6 +366,26 @@ def by_seconds(entries: dict[bytes, Found]) -> dict[bytes, Found]:
     return {name: entry._replace(mtime_ns=entry.mtime_ns // SECOND) for name, entry in entries.items() if name}
 
 
+def test_files_alone(layers: Layers, tmp_path: Path) -> None:
+    """Without an image around them: all layers applied, in a directory."""
+    with layers.image() as image:
+        image.export(f"type=local,dest={tmp_path}/files")
+    assert by_seconds(snapshot(tmp_path / "files")) == by_seconds(snapshot(layers.merged))
+
+
+def test_files_alone_in_a_tar(layers: Layers, tmp_path: Path) -> None:
+    """Which has of extended attributes what the layer of a directory has: capabilities."""
+    with layers.image() as image:
+        image.export(f"type=tar,dest={tmp_path}/tar")
+    (tmp_path / "files").mkdir()
+    ways = ["--xattrs", "--xattrs-include=*", "--same-owner"]
+    run("tar", *ways, "-xpf", tmp_path / "tar", "-C", tmp_path / "files")
+    wanted = by_seconds(snapshot(layers.merged))
+    assert wanted[b"tree/capable"].xattrs
+    wanted[b"tree/kept-with-others"] = wanted[b"tree/kept-with-others"]._replace(xattrs=())
+    assert by_seconds(snapshot(tmp_path / "files")) == wanted
+
+
 # ------------------------------------------------------------------------------------------------- podman, containerd
 
 
@@ -389,6 +411,49 @@ def test_containerd_pulls_and_runs(workshop: Workshop, daemon: Containerd, form:
     daemon("images", "pull", "--plain-http", name)
     check(daemon, name, workshop.digest(form))
     assert seen(daemon.run(name)) == expected(workshop.layers)
+
+
+@pytest.mark.parametrize(("kind", "words"), [("docker", "podman"), ("oci", "podman"), ("oci", "ctr")])
+def test_loaded_from_a_pipe(layers: Layers, pod: Podman, daemon: Containerd, kind: str, words: str) -> None:
+    """While the command writes it."""
+    tree = ["--layer", str(layers.merged), "--entrypoint", "/bin/show", "--cmd", "/tree"]
+    name = f"example.org/piped-{kind}-{words}:1"
+    command = [*COMMAND, "image", "build", *tree, "--output", f"type={kind},name={name},compression=estargz"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as writing:
+        tool, load = (pod, ["load"]) if words == "podman" else (daemon, ["images", "import", "-"])
+        tool(*load, stdin=writing.stdout)
+        assert writing.stderr is not None
+        said = json.loads(writing.stderr.read())
+    assert writing.returncode == 0
+    if words == "ctr":
+        check(daemon, name, said["digest"])
+    assert seen(tool.run(name)) == expected(layers)
+
+
+@pytest.mark.parametrize("transport", ("docker-archive", "oci-archive", "dir", "oci"))
+def test_saved_by_podman_and_converted(
+    workshop: Workshop, pod: Podman, store: Registry, tmp_path: Path, transport: str
+) -> None:
+    formats = {"dir": "docker-dir", "oci": "oci-dir"}
+    image = pod.pull(workshop.reference(Form("gzip"), "oci"))
+    pod("save", f"--format={formats.get(transport, transport)}", f"--output={tmp_path}/saved", image)
+    name = f"docker://{store.host}/saved:{transport}"
+    convert(f"{transport}:{tmp_path}/saved", name, compression="estargz")
+    assert seen(pod.run(pod.pull(name))) == expected(workshop.layers)
+
+
+@pytest.mark.parametrize("transport", ("docker-archive", "oci-archive"))
+def test_exported_by_containerd_and_converted(
+    workshop: Workshop, daemon: Containerd, pod: Podman, store: Registry, tmp_path: Path, transport: str
+) -> None:
+    """It writes both in one."""
+    origin = workshop.name(Form("zstd"), "docker")
+    workshop.reference(Form("zstd"), "docker")
+    daemon("images", "pull", "--plain-http", origin)
+    daemon("images", "export", tmp_path / "exported", origin)
+    name = f"docker://{store.host}/exported:{transport}"
+    convert(f"{transport}:{tmp_path}/exported", name, compression="estargz")
+    assert seen(pod.run(pod.pull(name))) == expected(workshop.layers)
 
 
 def check(daemon: Containerd, name: str, digest: str) -> None:
@@ -579,6 +644,26 @@ def test_buildkits_docker_image_converted(
     assert [one["platform"] for one in index_of(f"docker://{image}")] == [one["platform"] for one in index_of(origin)]
     assert seen(pod.run(pod.pull(f"docker://{image}"))) == as_pushed
     assert seen(buildkit.run(image, "/bin/show", "/tree")) == as_pushed
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_image_on_top_of_buildkits(
+    pushed: dict[str, str], layers: Layers, pod: Podman, tmp_path: Path, compression: str
+) -> None:
+    """Its layers stay, whatever the new one is compressed by, or else become the same."""
+    tree = Tree(tmp_path / "tree")
+    tree.file("tree/on-top", b"on top")
+    tree.file("tree/.wh.kept", b"")
+    with Image.open(pushed["estargz"]) as base:
+        image = base.append(tree.root)
+        for forced in (False, True):
+            output = f"type=oci,dest={tmp_path}/image,compression={compression},force-compression={forced}"
+            made = image.export(output)
+            actions = [layer.action for layer in made.layers]
+            assert actions == [("converted" if forced and compression != "estargz" else "copied")] * 2 + ["built"]
+            found = seen(pod.run(pod.pull(f"oci-archive:{tmp_path}/image")))
+            assert "/tree/kept" not in found
+            assert found["/tree/on-top"]["crc32"] == zlib.crc32(b"on top")
 
 
 def index_of(reference: str) -> list[dict[str, Any]]:

@@ -319,7 +319,7 @@ def run_in(runtime: Runtime, repository: str, image: dict[str, Any], *paths: str
 def share_fetched(image: dict[str, Any], pull: Pull) -> float:
     """Of the bytes that the layers have."""
     sent = sum(fetch.sent for fetches in pull.fetches.values() for fetch in fetches if fetch.method == "GET")
-    return sent / sum(layer["size"] for layer in image["layers"])
+    return sent / sum(int(layer["size"]) for layer in image["layers"])
 
 
 def crc32_of(path: Path) -> int:
