@@ -169,9 +169,10 @@ class FaultyRegistry:
     takes_chunks: whether a blob may come by more than one PATCH
     ranges:       whether ranges of blobs are known
     least_chunk:  bytes that every PATCH but the last must have
-    login:        user and password that are needed; for ``refresh`` tokens too
+    login:        user and password that are needed; the password is an identity token, too
     bearer:       whether they are to be shown to a token server (its own /token) rather than here
     token_uses:   how often a token is good
+    token_life:   for how many seconds it is said to be good
     elsewhere:    the server that blobs are to be fetched from
     tls:          with whose certificates it speaks TLS
     """
@@ -182,6 +183,7 @@ class FaultyRegistry:
         self.least_chunk = 0
         self.login: tuple[str, str] | None = None
         self.token_uses = 1_000_000
+        self.token_life = 300.0
         self.realm = ""
         self.elsewhere: str | None = None
         self.tls: ssl.SSLContext | None = None
@@ -211,7 +213,7 @@ class FaultyRegistry:
                 if not exchange.complete:
                     self.close_connection = True
 
-            do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = handle_one
+            do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_CONNECT = handle_one
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -323,7 +325,7 @@ class FaultyRegistry:
         with self.lock:
             token = f"token-{len(self.tokens)}"
             self.tokens[token] = scopes, self.token_uses
-        exchange.send(200, {}, json.dumps({"token": token, "expires_in": 300}).encode())
+        exchange.send(200, {}, json.dumps({"token": token, "expires_in": self.token_life}).encode())
 
     def _root(self, exchange: Exchange) -> None:
         exchange.send(200, {}, b"{}")

@@ -250,6 +250,16 @@ def test_tokens_are_kept_by_their_scopes(guarded: FaultyRegistry) -> None:
     assert {seen.query["service"] for seen in guarded.requests("GET /token")} == {"fake"}
 
 
+def test_tokens_do_not_live_for_ever(guarded: FaultyRegistry) -> None:
+    guarded.put("app", DATA)
+    guarded.token_life = 0.001
+    with Registries(credentials={guarded.host: LOGIN}) as registries:
+        for count in (1, 2, 3):
+            assert pull(registries, guarded.host) == DATA
+            assert len(guarded.requests("GET /token")) == count
+    assert all(seen.authorization for seen in guarded.requests("GET /v2/app/"))
+
+
 def test_an_identity_token(guarded: FaultyRegistry, home: Path) -> None:
     write(
         home / ".docker/config.json", {"auths": {guarded.host: {"auth": encoded("x", ""), "identitytoken": LOGIN[1]}}}

@@ -383,13 +383,21 @@ def test_a_registry_that_is_not_there() -> None:
 
 
 def test_the_hub_is_elsewhere(monkeypatch: pytest.MonkeyPatch, registry: FaultyRegistry) -> None:
-    """Through a proxy, which is told where it is to connect to."""
+    """A proxy is told where to connect to."""
     monkeypatch.setenv("https_proxy", registry.url)
-    told: list[str] = []
-    registry.usual = lambda exchange: told.append(exchange.path)  # type: ignore[method-assign]
     with Registries(sleep=Pauses(), timeout=2) as registries, pytest.raises(RegistryError, match="the proxy"):
         registries.repository(Reference.parse("docker://busybox")).resolve()
-    assert told == []  # CONNECT is no method that it knows; the address is in its answer alone
+    assert {seen.path for seen in registry.requests("CONNECT")} == {"registry-1.docker.io:443"}
+
+
+def test_certificates_of_a_host(
+    secure: FaultyRegistry, certificate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("estargz.registry.client._CERTIFICATES", (str(tmp_path / "none"), str(tmp_path)))
+    (tmp_path / secure.host).mkdir()
+    shutil.copy(certificate, tmp_path / secure.host / "ca.crt")
+    with Registries(sleep=Pauses(), timeout=5) as registries:
+        assert content(repository_of(registries, secure.host)) == DATA
 
 
 def test_other_references() -> None:

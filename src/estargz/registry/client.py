@@ -70,7 +70,8 @@ class Registries:
             raise UsageError("parallel and chunk_size must be 1 or more")
         if ca_file is not None:
             check_certificates(ca_file)
-        insecure = insecure if isinstance(insecure, bool) else frozenset(insecure)
+        if not isinstance(insecure, bool):
+            insecure = frozenset([insecure] if isinstance(insecure, str) else insecure)
         self._settings = Settings(timeout, deadline, parallel, chunk_size, insecure, sleep)
         self._ca_file = ca_file
         self._credentials = Credentials(credentials)

@@ -192,12 +192,14 @@ class Host:
         self._found: Url | None = None
         self._finding = threading.Lock()
 
-    def home(self, sleep: Callable[[float], object]) -> Url:
-        """Its URL. At first it is asked whether it speaks TLS, and what it wants to see. Raises Failure.
+    def home(self, requests: Requests) -> Url:
+        """Its URL. At first it is asked whether it speaks TLS, and what it wants to see. Raises Failure, and UsageError for
+        requests that are closed.
 
         A loopback address is asked without TLS first, and one that is marked as insecure last; others only with it.
         """
         with self._finding:
+            requests.check_open()  # while others tried in vain, perhaps
             if self._found is None:
                 server = parse_url(f"https://{_HUB_SERVER if self.name == DOCKER_HUB else self.name}")
                 schemes = ["https"]
@@ -205,7 +207,7 @@ class Host:
                     schemes = ["https", "http"]
                 if _is_loopback(server.host or ""):
                     schemes = ["http", "https"]
-                self._found = self._find([server._replace(scheme=scheme) for scheme in schemes], sleep)
+                self._found = self._find([server._replace(scheme=scheme) for scheme in schemes], requests.sleep)
             return self._found
 
     def _find(self, homes: list[Url], sleep: Callable[[float], object]) -> Url:
@@ -407,6 +409,11 @@ class Requests:
         """Of a token that allows ``pull`` or ``pull,push``."""
         return (f"repository:{self.repository}:{actions}",)
 
+    def check_open(self) -> None:
+        """Raises UsageError once they are closed."""
+        if self._closed.is_set():
+            raise UsageError(f"{self.name}: is closed")
+
     def tries(self) -> Tries:
         """For something that begins."""
         return Tries(self.sleep)
@@ -424,7 +431,7 @@ class Requests:
     def url(self, path: str) -> Url:
         """Of something in the repository, with its query. Raises Failure when the registry cannot be reached."""
         path, _, query = path.partition("?")
-        home = self.host.home(self.sleep)
+        home = self.host.home(self)
         return home._replace(path=f"/v2/{self.repository}/{path}", query=query or None)
 
     def ask(
@@ -532,8 +539,7 @@ class Requests:
             seconds = max(settings.deadline, patience or 0.0) + size / _SLOWEST
         deadline = Deadline(seconds)
         with self._lock:
-            if self._closed.is_set():
-                raise UsageError(f"{self.name}: is closed")
+            self.check_open()
             self._under_way.add(deadline)
         try:
             return self.host.send(
