@@ -84,6 +84,7 @@ class Upload:
     size: int = 0
     hash: Any = field(default_factory=hashlib.sha256)
     data: bytearray = field(default_factory=bytearray)
+    busy: threading.Lock = field(default_factory=threading.Lock)  # one request after the other
 
     def add(self, piece: bytes, keep: bool) -> None:
         self.size += len(piece)
@@ -167,6 +168,7 @@ class FaultyRegistry:
     resumes:      whether what came of a cut request is kept, and told
     takes_whole:  whether a blob may come with the closing PUT
     takes_chunks: whether a blob may come by more than one PATCH
+    heeds_ranges: whether a chunk must begin where the one before ended
     ranges:       whether ranges of blobs are known
     least_chunk:  bytes that every PATCH but the last must have
     login:        user and password that are needed; the password is an identity token, too
@@ -179,6 +181,7 @@ class FaultyRegistry:
 
     def __init__(self, **options: Any) -> None:
         self.keep = self.resumes = self.takes_whole = self.takes_chunks = self.ranges = True
+        self.heeds_ranges = True
         self.bearer = False
         self.least_chunk = 0
         self.login: tuple[str, str] | None = None
@@ -397,6 +400,13 @@ class FaultyRegistry:
         upload = self.uploads.get(names["upload"])
         if upload is None:
             exchange.refuse(404, "BLOB_UPLOAD_UNKNOWN")
+            return
+        with upload.busy:
+            self._go_on(exchange, names, upload)
+
+    def _go_on(self, exchange: Exchange, names: dict[str, str], upload: Upload) -> None:
+        if names["upload"] not in self.uploads:
+            exchange.refuse(404, "BLOB_UPLOAD_UNKNOWN")
         elif exchange.query.get("_state") != f"a+/={upload.state}":
             exchange.refuse(404, "BLOB_UPLOAD_INVALID", "stale")
         elif exchange.method == "DELETE":
@@ -414,7 +424,8 @@ class FaultyRegistry:
 
     def _patch(self, exchange: Exchange, name: str, upload: Upload) -> None:
         stated = exchange.headers.get("content-range")
-        if stated is not None and not (self.takes_chunks and stated.startswith(f"{upload.size}-")):
+        fits = stated is None or stated.startswith(f"{upload.size}-") or not self.heeds_ranges
+        if not fits or (stated is not None and not self.takes_chunks):
             exchange.refuse(416, "RANGE_INVALID")
         elif self._take(exchange, name, upload):
             upload.state += 1

@@ -295,8 +295,8 @@ def test_a_registry_with_several_names(scratch: Path) -> None:
         command = ["skopeo", "list-tags", "--tls-verify=false", f"docker://{server.host}/app"]
         tags = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["Tags"]
         assert sorted(tags) == ["1", "latest"]
-        there = f"docker://{server.host}/app@{digest.descriptor.digest}"  # type: ignore[union-attr]
-        subprocess.run(["skopeo", "inspect", "--tls-verify=false", there], capture_output=True, check=True)
+        assert digest.names == [f"docker://{server.host}/app@{digest.descriptor.digest}"]  # type: ignore[union-attr]
+        subprocess.run(["skopeo", "inspect", "--tls-verify=false", *digest.names], capture_output=True, check=True)
 
 
 def test_nothing_to_do_is_an_error(scratch: Path) -> None:

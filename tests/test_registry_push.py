@@ -199,6 +199,33 @@ def test_damaged_on_the_way(registry: FaultyRegistry, app: Repository) -> None:
         put(app)
 
 
+def late_bytes(registry: FaultyRegistry) -> Callable[[Exchange], None]:
+    """A fault: says how much there is, and only then takes what had come before."""
+
+    def answer(exchange: Exchange) -> None:
+        upload = registry.uploads[exchange.path.rpartition("/")[2]]
+        registry.usual(exchange)
+        upload.add(b"late", True)
+
+    return answer
+
+
+@pytest.mark.parametrize("heeds_ranges", [True, False])
+def test_a_registry_that_takes_more_than_it_says(registry: FaultyRegistry, app: Repository, heeds_ranges: bool) -> None:
+    """The range that follows is refused, or the digest is wrong in the end."""
+    registry.heeds_ranges = heeds_ranges
+    registry.fault("PUT ", registry.part_of(200_000))
+    registry.fault("GET ", late_bytes(registry))
+    put(app)
+    assert registry.blobs[LAYER_OF_DATA.digest] == DATA
+    registry.fault("PATCH ", registry.usual, registry.part_of(50_000))
+    registry.fault("GET ", late_bytes(registry))
+    with pytest.raises(UploadBrokenError):
+        stream(app, DATA[1:])
+    stream(app, DATA[1:])
+    assert registry.blobs[digest_of(DATA[1:])] == DATA[1:]
+
+
 def test_no_right_to_push(registry: FaultyRegistry, app: Repository) -> None:
     registry.fault("POST ", status(403, "DENIED", "requested access to the resource is denied"))
     with pytest.raises(

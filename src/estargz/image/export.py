@@ -124,9 +124,8 @@ class _Work:
             by_repository.setdefault((reference.host, reference.repository), []).append(reference)
         for references in by_repository.values():
             target = open_target(references[0], self.image.registries)
-            tags = () if self.output.push_by_digest else [str(reference.tag) for reference in references]
-            names = [f"docker://{reference.host}/{reference.repository}" for reference in references[:1]]
-            yield _Place(target, references[0], tags, names if not tags else [str(one) for one in references])
+            tags = [] if self.output.push_by_digest else [str(reference.tag) for reference in references]
+            yield _Place(target, references[0], tags)
 
     def _local_names(self) -> Iterator[_Place]:
         directory = self.cache.directory if self.cache is not None else default_cache()
@@ -137,15 +136,15 @@ class _Work:
         with VariantStore(directory):  # makes it
             for name in self.output.names:
                 reference = replace(Reference.parse(f"oci:{directory}"), tag=name)
-                yield _Place(open_target(reference), reference, None, [str(reference)])
+                yield _Place(open_target(reference), reference)
 
     def _file(self) -> _Place:
         output = self.output
         transport = "oci" if not output.tar else "oci-archive" if output.type == "oci" else "docker-archive"
-        reference = Reference(transport, path=output.dest or "-")
+        reference = Reference(transport, path=output.dest or _STDOUT)
         stdout = None if output.dest is not None else _standard_output().target
         target = open_target(reference, names=output.names, descriptor=stdout)
-        return _Place(target, reference, None, [str(reference)] if stdout is None else [])
+        return _Place(target, reference)
 
     def _name(self, target: ImageTarget, place: _Place, root: Descriptor, data: bytes) -> None:
         if place.tags is None:
@@ -186,6 +185,82 @@ class _Work:
         config_type, manifest_type = (DOCKER_CONFIG, DOCKER_MANIFEST) if docker else (OCI_CONFIG, OCI_MANIFEST)
         text = encode(self._config(moved).document(), indent=None)
         config = put_bytes(target, Descriptor(config_type, _ANY_DIGEST, 0), config_type, text)
+        manifest: dict[str, Any] = {
+            "schemaVersion": 2,
+            "mediaType": manifest_type,
+            "config": config.document(),
+            "layers": [in_family(layer.descriptor, docker=docker).document() for layer in moved],
+        }
+        if annotations := self._annotations("manifest"):
+            manifest["annotations"] = annotations
+        data = encode(manifest)
+        root = target.put_manifest(manifest_type, data)
+        return replace(root, annotations=self._annotations("manifest-descriptor")), data
+
+    def _config(self, moved: Sequence[MovedLayer]) -> ImageConfig:
+        settings = self.image.settings
+        created = _time(self.output.source_date_epoch)
+        old = len(settings.history) - len(self.image.added)
+        history = [
+            step if number < old else {"created": created, **step} for number, step in enumerate(settings.history)
+        ]
+        diff_ids = [str(layer.diff_id) for layer in moved]
+        raw = {**settings.raw, "created": created}
+        return replace(settings, diff_ids=diff_ids, history=history, raw=raw)
+
+    def _annotations(self, of: str) -> dict[str, str]:
+        """What the output line wants said of this image's manifest, or of the descriptor that leads to it."""
+        mine = self.image.settings.platform
+        return {
+            one.key: one.value
+            for one in self.output.annotations
+            if one.of == of and (one.platform is None or one.platform.matches(mine))
+        }
+
+    # ----------------------------------------------------------------------------------------------------------------
+    # files
+
+    def files(self, directory: str) -> Exported:
+        """The layers applied to a directory."""
+        with self._unpacked() as (moved, blobs):
+            extract(blobs, directory)
+            return Exported(None, [], moved, _missing(moved))
+
+    def tar(self, dest: Destination) -> Exported:
+        """The layers applied, as one tar."""
+        with self._unpacked() as (moved, blobs), _scratch() as directory:
+            extract(blobs, directory)
+            build(directory, dest, compression="uncompressed", pool=self.pool)
+            return Exported(None, [], moved, _missing(moved))
+
+    @contextmanager
+    def _unpacked(self) -> Iterator[tuple[list[MovedLayer], tuple[str, ...]]]:
+        """The layers as files that are gone afterwards; new ones are not compressed."""
+        with _scratch() as directory, _closing(open_target(Reference("oci", path=directory))) as target:
+            form = LayerForm("uncompressed")
+            layers = [replace(one, keep=True) if isinstance(one, StoredLayer) else one for one in self._layers()]
+            moved = LayerMover(target, form, pool=self.pool, report=self.report).move(layers)
+            yield moved, tuple(_path_of_blob(directory, layer.descriptor) for layer in moved)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    target: ImageTarget
+    reference: Reference
+    tags: Sequence[str] | None = None
+    """Of a registry; empty: by digest only. None where the target knows the name."""
+
+    def names(self, root: Descriptor) -> list[str]:
+        """References to what was written."""
+        if self.tags is None:
+            return [] if self.reference.path == _STDOUT else [str(self.reference)]
+        if not self.tags:
+            return [str(replace(self.reference, tag=None, digest=root.digest))]
+        return [str(replace(self.reference, tag=tag)) for tag in self.tags]
+
+
+_STDOUT = "-"
+_ANY_DIGEST, 0), config_type, text)
         manifest: dict[str, Any] = {
             "schemaVersion": 2,
             "mediaType": manifest_type,

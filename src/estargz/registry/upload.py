@@ -44,10 +44,12 @@ class Session:
     """An upload that a registry has opened. It is used by one thread at a time.
 
     offset:  bytes that the registry has
+    mended:  whether that is what it said after a failure; it may have taken more from a connection that broke, later
     """
 
     def __init__(self, requests: Requests, opened: Answer) -> None:
         self.offset = 0
+        self.mended = False
         self._requests = requests
         self.least_chunk = _number(opened.headers.get("OCI-Chunk-Min-Length"))
         self._place: Url = self._next(opened, needed=True)
@@ -93,6 +95,7 @@ class Session:
             self._place = self._next(answer)
         end = _end_of(answer.headers.get("Range", ""))
         self.offset = self.offset if end is None else end
+        self.mended = True
         return end is not None
 
     def cancel(self) -> None:
@@ -162,11 +165,13 @@ def _is_lost(failure: Failure) -> bool:
     return failure.status in _LOST or _code(failure) in _LOST_CODES
 
 
-def _check_wrong(requests: Requests, failure: Failure, digest: str) -> None:
-    if _code(failure) in _WRONG_CODES:
+def _is_wrong(requests: Requests, session: Session, failure: Failure, digest: str) -> bool:
+    """Whether the registry has other bytes than were sent, where that may be. Raises VerificationError where it may not."""
+    if _code(failure) in _WRONG_CODES and not session.mended:
         raise VerificationError(
             f"{requests.name}: blob {digest}: {failure.what}; it was damaged on its way, push it again"
         )
+    return _code(failure) in _WRONG_CODES
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -206,17 +211,18 @@ def _put_whole(
             session.cancel()
             raise failure.error from None
         except Failure as failure:
-            _check_wrong(requests, failure, descriptor.digest)
-            if failure.status in _REFUSED and not _is_lost(failure):
+            wrong = _is_wrong(requests, session, failure, descriptor.digest)
+            if failure.status in _REFUSED and not wrong and not _is_lost(failure):
                 session.cancel()
                 return False
-            failure.transient |= _is_lost(failure)
+            failure.transient |= wrong or _is_lost(failure)
             with requests.reported("PUT", f"blob {descriptor.digest}", tries):
                 tries.again(failure, progress=body.sent >= _PROGRESS or begin > reached)
             reached = begin
         if has_blob(requests, descriptor):
             return True  # the answer was all that was lost
-        if not session.find_out() or session.offset > descriptor.size:
+        if wrong or not session.find_out() or session.offset > descriptor.size:
+            session.cancel()
             session = None
 
 
@@ -358,8 +364,10 @@ class Upload:
             except Failure as failure:
                 if self._is_refused(failure):
                     self._requests.host.takes_chunks = False
-                if _is_lost(failure) or self._requests.host.takes_chunks is False:
+                moved = failure.status == 416  # the registry went on with a connection that had broken, perhaps
+                if self._requests.host.takes_chunks is False or (_is_lost(failure) and not moved):
                     raise self._broken(failure) from failure
+                failure.transient |= moved
                 with self._requests.reported("PATCH", "blob", tries):
                     tries.again(failure, progress=body.sent >= _PROGRESS or before > reached)
                 reached = before
@@ -368,10 +376,10 @@ class Upload:
             self.sent = session.offset
 
     def _is_refused(self, failure: Failure) -> bool:
-        """Whether it seems that the registry takes no chunks: that it never did, and does not say that the upload is gone."""
+        """Whether it seems that the registry takes no chunks: it never has, and does not say that the upload is gone."""
         if self._requests.host.takes_chunks is not None or _code(failure) in _LOST_CODES - {"RANGE_INVALID"}:
             return False
-        return failure.status in _REFUSED or failure.status == 416
+        return failure.status in _REFUSED or (failure.status == 416 and not self._session.mended)
 
     def _broken(self, failure: Failure) -> UploadBrokenError:
         return UploadBrokenError(f"{self._requests.name}: PATCH blob: {failure.what}; the upload has to begin again")
@@ -382,8 +390,8 @@ class Upload:
             try:
                 return self._session.close(descriptor.digest)
             except Failure as failure:
-                _check_wrong(self._requests, failure, descriptor.digest)
-                lost = _is_lost(failure)
+                wrong = _is_wrong(self._requests, self._session, failure, descriptor.digest)
+                lost = wrong or _is_lost(failure)
                 if not lost:
                     with self._requests.reported("PUT", f"blob {descriptor.digest}", tries):
                         tries.again(failure)
