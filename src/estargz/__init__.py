@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from estargz.reading.extracting import Extracted, extract
     from estargz.reading.verifying import Report, verify
     from estargz.recording import Recorded, record
-    from estargz.writing.access_log import AccessLog, PathPattern, match, read_access_log
     from estargz.registry.client import Registries
+    from estargz.writing.access_log import AccessLog, PathPattern, match, read_access_log
     from estargz.writing.building import build
     from estargz.writing.pool import Pool
     from estargz.writing.writer import Compressor, Writer
