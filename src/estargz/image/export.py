@@ -102,7 +102,8 @@ class _Work:
             self._name(first, place, root, data)
             for target, place in others:
                 self._name(target, place, *self._copy(place, target, places[0][1], root))
-        return Exported(root, [name for _, place in places for name in place.names], moved, _missing(moved))
+        names = [name for _, place in places for name in place.names(root)]
+        return Exported(root, names, moved, _missing(moved))
 
     def _places(self) -> Iterator[_Place]:
         output = self.output
