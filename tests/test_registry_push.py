@@ -183,6 +183,29 @@ def test_errors_of_the_source_are_not_the_networks(registry: FaultyRegistry, app
     assert sorted(methods(registry)) == ["DELETE", "HEAD", "POST", "PUT"]
 
 
+def test_an_answer_that_drips(registry: FaultyRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has a deadline, also after what was sent had come by a request of its own."""
+
+    def drip(exchange: Exchange) -> None:
+        for _ in exchange.body():
+            pass
+        for byte in b"HTTP/1.1 201 Created\r\n" + b"X" * 100:
+            exchange.handler.wfile.write(bytes([byte]))
+            time.sleep(0.05)
+
+    monkeypatch.setattr("estargz.registry.host.MAX_FRUITLESS", 1)
+    monkeypatch.setattr("estargz.registry.upload._PATIENCE", 0.5)
+    layer = descriptor_of(b"small")
+    registry.put("other", b"small")
+    registry.fault("PUT ", drip)
+    with Registries(deadline=0.5) as registries:
+        source = repository_of(registries, registry.host, "other:x")
+        began = time.monotonic()
+        with pytest.raises(RegistryError, match="PUT blob .*: not done in time"):
+            repository_of(registries, registry.host).put(layer, lambda: source.open(layer))
+        assert time.monotonic() - began < 3
+
+
 def test_damaged_on_the_way(registry: FaultyRegistry, app: Repository) -> None:
     def damaged(exchange: Exchange) -> None:
         exchange.query["digest"] = digest_of(b"")

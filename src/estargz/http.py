@@ -316,11 +316,11 @@ class Deadline:
     @contextmanager
     def applies(self) -> Iterator[None]:
         """The answers that this thread begins to read are to be read by then."""
-        _current.deadline = self
+        outer, _current.deadline = _current.deadline, self  # what a request sends may come by another one
         try:
             yield
         finally:
-            _current.deadline = None
+            _current.deadline = outer
 
     def hold(self, connection: socket.socket) -> None:
         """Something is sent or read through it."""
