@@ -353,7 +353,7 @@ def test_insecure_without_tls(registry: FaultyRegistry) -> None:
 
 def test_others_need_tls(registry: FaultyRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever their names lead to."""
-    monkeypatch.setattr("estargz.registry.host._is_loopback", lambda host: False)
+    monkeypatch.setattr("estargz.registry.host.is_loopback", lambda host: False)
     registries = Registries(credentials={registry.host: ("me", "secret")}, sleep=Pauses(), timeout=0.5)
     with registries, pytest.raises(RegistryError, match="TLS failed|the connection broke|no answer in time"):
         content(repository_of(registries, registry.host))
@@ -449,3 +449,18 @@ def test_has(registry: FaultyRegistry, app: Repository) -> None:
     registry.fault("HEAD ", status(403), lambda exchange: exchange.send(200, {"Docker-Content-Digest": digest_of(b"")}))
     assert not app.has(LAYER_OF_DATA)
     assert not app.has(LAYER_OF_DATA)
+
+
+def test_hosts_become_insecure_later(registry: FaultyRegistry) -> None:
+    with Registries(insecure={"elsewhere.example"}) as registries:
+        registries.allow_insecure([registry.host])
+        assert registries.repository(Reference.parse(f"docker://{registry.host}/a:1")) is not None
+        assert registries._settings.insecure == {"elsewhere.example", registry.host}
+
+
+def test_loopback_needs_no_proxy(registry: FaultyRegistry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:1")
+    with Registries(sleep=Pauses()) as registries:
+        descriptor = Descriptor("application/octet-stream", "sha256:" + 64 * "0", 1)
+        assert not registries.repository(Reference.parse(f"docker://{registry.host}/a:1")).has(descriptor)

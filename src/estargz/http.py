@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import builtins
 import io
+import ipaddress
 import random
 import re
 import socket
@@ -401,16 +402,32 @@ def check_certificates(path: str) -> None:
         raise UsageError(f"ca_file {path}: {error.strerror or error}; give a PEM file of certificates") from error
 
 
+def is_loopback(url: Url) -> bool:
+    """Whether a URL's host is this machine."""
+    host = (url.host or "").strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
 class Pools:
     """Connections, kept for the next request, through the environment's proxies (urllib3 does not look for them).
 
     parallel:  connections to a server that are kept, at most
     trust:     whose certificates are taken for a URL
     given:     all connections, instead; they are not closed
+    direct:    tells the URLs that no proxy is asked for, whatever the environment says
     """
 
-    def __init__(self, parallel: int, trust: Callable[[Url], Trust], given: PoolManager | None = None) -> None:
-        self._parallel, self._trust, self._given = parallel, trust, given
+    def __init__(
+        self,
+        parallel: int,
+        trust: Callable[[Url], Trust],
+        given: PoolManager | None = None,
+        direct: Callable[[Url], bool] = lambda _: False,
+    ) -> None:
+        self._parallel, self._trust, self._given, self._direct = parallel, trust, given, direct
         self._proxies = getproxies() if given is None else {}
         self._managers: dict[tuple[str | None, Trust], PoolManager] = {}
         self._lock = threading.Lock()
@@ -427,7 +444,7 @@ class Pools:
         if self._given is not None:
             return self._given
         proxy = self._proxies.get(url.scheme or "")
-        if proxy is not None and proxy_bypass(url.netloc or "", self._proxies):
+        if proxy is not None and (self._direct(url) or proxy_bypass(url.netloc or "", self._proxies)):
             proxy = None
         trust = self._trust(url)
         with self._lock:

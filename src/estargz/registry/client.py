@@ -6,7 +6,7 @@ Reference -> Registries.repository -> Repository -> Requests -> Host -> connecti
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -15,7 +15,7 @@ from weakref import WeakSet
 from urllib3.util import Url
 
 from estargz.errors import UsageError
-from estargz.http import Pools, Trust, check_certificates
+from estargz.http import Pools, Trust, check_certificates, is_loopback
 from estargz.image.reference import Reference
 from estargz.registry.credentials import Credentials
 from estargz.registry.host import Host, Requests, Settings
@@ -45,9 +45,9 @@ class Registries:
                   gathered for the next. A registry that wants larger ones gets them
     sleep:        what pauses, given seconds; for tests
 
-    HTTP_PROXY, HTTPS_PROXY and NO_PROXY are heeded. Requests are tried again after broken connections and the statuses 408,
-    429, 500, 502, 503 and 504, with pauses that grow, or as long as Retry-After says, a minute at most; five times in a row
-    in vain are the end.
+    HTTP_PROXY, HTTPS_PROXY and NO_PROXY are heeded, but for loopback addresses. Requests are tried again after broken
+    connections and the statuses 408, 429, 500, 502, 503 and 504, with pauses that grow, or as long as Retry-After says, a
+    minute at most; five times in a row in vain are the end.
 
     Raises UsageError for arguments that cannot be honoured.
     """
@@ -70,12 +70,11 @@ class Registries:
             raise UsageError("parallel and chunk_size must be 1 or more")
         if ca_file is not None:
             check_certificates(ca_file)
-        if not isinstance(insecure, bool):
-            insecure = frozenset([insecure] if isinstance(insecure, str) else insecure)
-        self._settings = Settings(timeout, deadline, parallel, chunk_size, insecure, sleep)
+        hosts = {insecure} if isinstance(insecure, str) else set() if isinstance(insecure, bool) else set(insecure)
+        self._settings = Settings(timeout, deadline, parallel, chunk_size, insecure is True or hosts, sleep)
         self._ca_file = ca_file
         self._credentials = Credentials(credentials)
-        self._pools = Pools(2 * parallel, self._trust)
+        self._pools = Pools(2 * parallel, self._trust, direct=is_loopback)
         self._hosts: dict[str, Host] = {}
         self._repositories: WeakSet[Repository] = WeakSet()
         self._closed = False
@@ -94,6 +93,11 @@ class Registries:
             repository = Repository(requests, reference, self._pools)
             self._repositories.add(repository)
             return repository
+
+    def allow_insecure(self, hosts: Iterable[str]) -> None:
+        """Adds to the hosts that are ``insecure``; it has no effect on one that was asked already."""
+        if not isinstance(self._settings.insecure, bool):
+            self._settings.insecure.update(hosts)
 
     def _trust(self, url: Url) -> Trust:
         if url.scheme != "https":

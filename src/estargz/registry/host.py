@@ -5,7 +5,6 @@ Requests.ask -> slot -> credentials -> connection -> redirects, 401 -> answer | 
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import re
 import threading
@@ -29,6 +28,7 @@ from estargz.http import (
     Failure,
     Pools,
     broken,
+    is_loopback,
     let_go,
     origin,
     overloaded,
@@ -75,7 +75,7 @@ class Settings:
     deadline: float
     parallel: int
     chunk_size: int
-    insecure: bool | Collection[str]
+    insecure: bool | set[str]
     sleep: Callable[[float], object] | None
 
     def is_insecure(self, url: Url) -> bool:
@@ -86,7 +86,7 @@ class Settings:
 
     def allows_plain(self, url: Url) -> bool:
         """Whether it may be spoken to, and given credentials, without TLS."""
-        return _is_loopback(url.host or "") or self.is_insecure(url)
+        return is_loopback(url) or self.is_insecure(url)
 
 
 class Body:
@@ -205,7 +205,7 @@ class Host:
                 schemes = ["https"]
                 if self.settings.is_insecure(server):
                     schemes = ["https", "http"]
-                if _is_loopback(server.host or ""):
+                if is_loopback(server):
                     schemes = ["http", "https"]
                 self._found = self._find([server._replace(scheme=scheme) for scheme in schemes], requests.sleep)
             return self._found
@@ -623,10 +623,3 @@ def why_broken(error: HTTPError, deadline: Deadline, place: Url | None) -> Failu
     failure = late(deadline, place) if deadline.left() <= 0 else broken(error)
     failure.place = place
     return failure
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"

@@ -22,7 +22,7 @@ from estargz.image.model import (
     is_manifest,
 )
 from estargz.image.reference import Reference
-from estargz.image.store import BlobReader, BlobUpload, ImageSource, VerifyingReader, read_small
+from estargz.image.store import BlobReader, BlobUpload, VerifyingReader, read_small
 from estargz.reading.http import HttpSource
 from estargz.registry.download import Download, read_part
 from estargz.registry.host import Answer, Body, Requests
@@ -182,7 +182,7 @@ class Repository:
         stated = answer.headers.get("Docker-Content-Digest", descriptor.digest)
         return answer.status == 200 and stated == descriptor.digest
 
-    def link(self, descriptor: Descriptor, source: ImageSource) -> bool:
+    def link(self, descriptor: Descriptor, source: object) -> bool:
         """Mounts a blob of another repository of the same registry, if it allows that."""
         if not isinstance(source, Repository) or source._requests.host is not self._requests.host:
             return False
