@@ -117,8 +117,9 @@ class Table:
         for way in self.ways:
             if way.runs and way.skipped:
                 yield f"\n{way.name} ended after round {len(way.runs)}: {one_line(way.skipped)}."
-            if (taken := max((one.others / one.wall for one in way.runs), default=0)) > BUSY:
-                yield f"\nOthers took up to {taken:.1f} CPUs beside {way.name}: run again on an idle machine."
+        taken = {way.name: max((one.others / one.wall for one in way.runs), default=0) for way in self.ways}
+        if busy := [name for name, cpus in taken.items() if cpus > BUSY]:
+            yield f"\nOthers took up to {max(taken.values()):.1f} CPUs beside {'; '.join(busy)}: run again on an idle machine."
 
     def _way(self, name: str) -> Way:
         return next(way for way in self.ways if way.name == name)

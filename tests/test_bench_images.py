@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -132,7 +133,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     trees = [folder / name for name in ("one", "two", "with, comma")]
     for number, tree in enumerate(trees):
         (tree / "sub").mkdir(parents=True)
-        (tree / "sub" / "file").write_bytes(b"%d " % number * 200_000)
+        (tree / "sub" / "file").write_bytes(random.Random(number).randbytes(500_000))
     places = {name: folder / name for name in ("scratch", "registries")}
     for place in places.values():
         place.mkdir()
