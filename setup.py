@@ -33,6 +33,7 @@ STAGES: dict[str, tuple[list[str], list[str]]] = {
     "_tar_order": ([], []),
     "_layer": (["libcrypto"], []),
     "_toc": ([], []),
+    "_crew": ([], []),
     "_pipeline": (["libisal", "libcrypto"], []),
     "_codec": (["libisal", "libdeflate", "libzstd"], []),
     "_inflate": (["libisal", "libzstd", "libcrypto"], []),

@@ -2,11 +2,11 @@
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t
 
+from estargz._crew cimport crew
 from estargz._inflate cimport decoder
 
 cdef extern from "<pthread.h>" nogil:
-    ctypedef struct pthread_t:
-        pass
+    ctypedef unsigned long pthread_t
     ctypedef struct pthread_mutex_t:
         pass
     ctypedef struct pthread_cond_t:
@@ -62,6 +62,7 @@ ctypedef struct ahead:
     pthread_cond_t work     # threads wait here
     pthread_cond_t news     # the reader waits here
     bint ready, cancelled
+    crew *crew              # whose seats the threads need to inflate; NULL: none
     int kind
     bint strict
     # the input

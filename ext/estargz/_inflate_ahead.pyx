@@ -29,6 +29,7 @@ from libc.string cimport memchr, memcpy, memmove, memset
 from posix.time cimport CLOCK_REALTIME, clock_gettime, timespec
 from posix.unistd cimport getpid, pread
 
+from estargz._crew cimport Crew, crew_drop, crew_give, crew_keep, crew_take, crew_turn
 from estargz._inflate cimport (
     HISTORY, KIND_GZIP, decoder_close, decoder_finish, decoder_open, decoder_restart, decoder_run,
 )
@@ -276,6 +277,7 @@ cdef void end_lane(ahead *a, lane *l, int status, int64_t offset) noexcept nogil
 cdef void *work(void *argument) noexcept nogil:
     cdef ahead *a = <ahead *> argument
     cdef lane *l
+    cdef int64_t turn_ends_ns = 0
     pthread_mutex_lock(&a.lock)
     while not a.cancelled:
         l = next_lane(a)
@@ -285,13 +287,15 @@ cdef void *work(void *argument) noexcept nogil:
         l.state = LANE_BUSY
         l.want = WANT_NOTHING
         pthread_mutex_unlock(&a.lock)
-        run(a, l)
+        crew_take(a.crew, &turn_ends_ns)
+        run(a, l, &turn_ends_ns)
+        crew_give(a.crew)
         pthread_mutex_lock(&a.lock)
     pthread_mutex_unlock(&a.lock)
     return NULL
 
 
-cdef void run(ahead *a, lane *l) noexcept nogil:
+cdef void run(ahead *a, lane *l, int64_t *turn_ends_ns) noexcept nogil:
     """Goes on with a lane until it ends or wants what is not there."""
     cdef int64_t members
     cdef size_t made
@@ -302,6 +306,7 @@ cdef void run(ahead *a, lane *l) noexcept nogil:
         members = l.d.members
         status = decoder_run(&l.d, l.out.data + l.out.size, BLOCK_SIZE - l.out.size, &made)
         l.out.size += made
+        crew_turn(a.crew, turn_ends_ns)
         if status != EST_OK:
             finish(a, l, status, l.begin + l.d.taken)
             return
@@ -532,6 +537,7 @@ cdef class InflateAhead:
               where to try. Without it such places are looked for
     begin, end: the part of a file or of memory that is the stream, ``end`` None for all of it
     segment:  bytes of the input in which one place to begin is looked for
+    crew:     None, or a pool's (_crew): the threads then inflate only while they have one of its seats
     name, strict: as for InflateReader
 
     Bytes, errors and their offsets are those of InflateReader, whatever the threads and the memory. Beyond ``memory`` it takes
@@ -540,7 +546,7 @@ cdef class InflateAhead:
     """
 
     def __cinit__(self, source, str kind, *, int threads=1, memory=None, members=None, int64_t begin=0, end=None,
-                  int64_t segment=SEGMENT, str name="input", bint strict=False):
+                  int64_t segment=SEGMENT, Crew crew=None, str name="input", bint strict=False):
         cdef int64_t budget
         if kind not in KINDS:
             raise ValueError(f'kind must be "gzip", "zstd" or "plain", not {kind!r}')
@@ -553,6 +559,9 @@ cdef class InflateAhead:
         self.a.kind = KINDS[kind]
         self.a.strict = strict
         self.a.segment = segment
+        if crew is not None:
+            self.a.crew = crew.shared
+            crew_keep(self.a.crew)
         self.thread_count = threads if self.a.kind == KIND_GZIP else 1
         self.a.guesses = self.thread_count > 1
         budget = DEFAULT_MEMORY + THREAD_MEMORY * (self.thread_count - 1) if memory is None else memory
@@ -629,6 +638,8 @@ cdef class InflateAhead:
         free(self.threads)
         free(self.a.lanes)
         free(self.a.blocks)
+        if self.process in (-1, getpid()):
+            crew_drop(self.a.crew)
         if self.a.ready and self.process in (-1, getpid()):
             pthread_cond_destroy(&self.a.news)
             pthread_cond_destroy(&self.a.work)

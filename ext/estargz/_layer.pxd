@@ -39,6 +39,8 @@ cdef class LayerBuilder:
     cdef public str input_name
     cdef int64_t landmark_row       # of the landmark that ends the prefetch range; -1: none
     cdef int take(self) except -1
+    cdef void leave(self) noexcept
+    cdef void part(self) noexcept
 
     # the tar parser's state between two pieces of input
     cdef tar_parser parser
@@ -63,6 +65,8 @@ cdef class LayerBuilder:
     cdef int add_payload_bytes(self, const uint8_t *data, size_t size) noexcept nogil
     cdef int end_archive(self) noexcept nogil
     cdef bint attend(self) noexcept nogil
+    cdef void begin_turn(self) noexcept nogil
+    cdef void end_turn(self) noexcept nogil
     cdef int set_failure(self, int code, int sys_errno, int64_t offset, const void *name, size_t size) noexcept nogil
 
     cdef uint8_t *header_space(self, size_t size) noexcept nogil

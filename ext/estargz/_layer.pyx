@@ -20,6 +20,7 @@ cdef extern from "<unistd.h>" nogil:
     ssize_t pread(int handle, void *data, size_t size, int64_t offset)
 
 from estargz._codec cimport CODEC_COPY, CODEC_GZIP, CODEC_NONE, CODEC_ZSTD, compresses
+from estargz._crew cimport Crew
 from estargz._memory cimport buffer, buffer_append, buffer_free, map_free, map_insert
 from estargz._pipeline cimport BATCH_PIECE, STAGE_TOC, Pipeline, batch, chunk_span, file_fill, member_span, set_failure
 from estargz._rows cimport (
@@ -44,6 +45,7 @@ cdef enum:
     ZSTD_LEVEL_LARGE = 17
     PIECE_SIZE = 256 << 10              # of the table of contents, so that a small one still keeps several threads busy
     FOOTER_SIZE = 51
+    ROWS_A_TURN = 8192                  # of the table of contents: some milliseconds
     MEMBERS_MOST = 8192                 # in a batch: each costs up to MEMBER_OVERHEAD bytes of its output buffer
 
 # What the next input bytes of a tar stream are.
@@ -115,12 +117,13 @@ cdef class LayerBuilder:
     """Builds one layer from entries or from a tar stream.
 
     compression: "estargz", "gzip", "zstd", "uncompressed" or "none" (digests only); level 0..12, of zstd 1..19; chunk_size and
-    min_chunk_size in bytes, for eStargz; threads >= 1; memory: bytes that batches may take; producer_helps, write, output, progress, parts:
-    see Pipeline. UsageError when the options cannot be honoured together.
+    min_chunk_size in bytes, for eStargz; threads >= 1; memory: bytes that batches may take; producer_helps, write, output, progress, crew,
+    parts: see Pipeline. UsageError when the options cannot be honoured together.
     """
 
     def __cinit__(self, *, str compression, int level, int64_t chunk_size, int64_t min_chunk_size, int threads,
-                  int64_t memory, bint producer_helps, write=None, str output="output", progress=None, parts=None):
+                  int64_t memory, bint producer_helps, write=None, str output="output", progress=None, Crew crew=None,
+                  parts=None):
         cdef size_t capacity
         cdef int64_t slot_size, slots
         cdef int codec = CODECS[compression]
@@ -143,7 +146,7 @@ cdef class LayerBuilder:
                 f"a memory budget of {memory} bytes is too small for {what}: give at least {2 * slot_size} bytes{remedy}"
             )
         self.pipeline = Pipeline(codec, level, capacity, min(slots, 4 * threads + 4), threads,
-                                 producer_helps, self.keep_rows, write, output, progress, MEMBERS_MOST, parts)
+                                 producer_helps, self.keep_rows, write, output, progress, MEMBERS_MOST, crew, parts)
         if tar_parser_init(&self.parser) != EST_OK:
             raise MemoryError
         self.parser_ready = True
@@ -346,6 +349,13 @@ cdef class LayerBuilder:
         """Lets signals and progress through while a walk takes long; False: give up."""
         return self.pipeline.attend()
 
+    cdef void begin_turn(self) noexcept nogil:
+        """A walk goes to work: it needs a seat of the crew, if there is one. To be followed by `end_turn`."""
+        self.pipeline.begin_turn()
+
+    cdef void end_turn(self) noexcept nogil:
+        self.pipeline.end_turn()
+
     cdef int end_archive(self) noexcept nogil:
         cdef uint8_t *space = self.header_space(2 * BLOCK)
         if space == NULL:
@@ -354,11 +364,22 @@ cdef class LayerBuilder:
         return EST_OK
 
     cdef int take(self) except -1:
-        """One caller at a time: two would fill the same batch. To be given back by `self.in_use = False`."""
+        """One caller at a time: two would fill the same batch. To be followed by `leave`."""
         if self.in_use:
             raise EstargzError("the layer is being written by another thread, or by its own destination")
         self.in_use = True
         return 0
+
+    cdef void leave(self) noexcept:
+        self.in_use = False
+        self.part()
+
+    cdef void part(self) noexcept:
+        """Gives back what an ended pipeline has of a crew's memory, unless another thread is filling the batch at hand."""
+        if self.pipeline.crew != NULL and self.pipeline.closed and not self.in_use:
+            self.current = NULL
+            self.target = NULL
+            self.pipeline.release()
 
     def add_small_file(self, bytes name, bytes payload):
         """A regular file with an all-zero header, such as a landmark; 0 < len(payload) <= chunk size."""
@@ -372,7 +393,7 @@ cdef class LayerBuilder:
                     self.add_payload_bytes(data, size)
             self.raise_failure()
         finally:
-            self.in_use = False
+            self.leave()
 
     def end_prefetch(self, bytes name, bytes payload):
         """The landmark behind what is to be fetched ahead: a small file whose payload begins a member whatever the minimum.
@@ -391,7 +412,7 @@ cdef class LayerBuilder:
                         self.add_payload_bytes(data, size)
             self.raise_failure()
         finally:
-            self.in_use = False
+            self.leave()
 
     @property
     def prefetch_size(self):
@@ -421,7 +442,7 @@ cdef class LayerBuilder:
                 if code:
                     self.raise_failure()
             finally:
-                self.in_use = False
+                self.leave()
         finally:
             PyBuffer_Release(&view)
 
@@ -443,7 +464,7 @@ cdef class LayerBuilder:
             if code:
                 self.raise_failure()
         finally:
-            self.in_use = False
+            self.leave()
 
     cdef int feed_from(self, int fd, int64_t at, int64_t size) noexcept nogil:
         """Takes `size` bytes of a file from `at` on; or, where `at` is negative, all that the descriptor gives."""
@@ -512,7 +533,7 @@ cdef class LayerBuilder:
             if code:
                 self.raise_failure()
         finally:
-            self.in_use = False
+            self.leave()
 
     cdef int input_failed(self, int code) noexcept nogil:
         return self.set_failure(code, 0, self.input_offset, self.parser.entry.name, self.parser.entry.name_len)
@@ -629,6 +650,7 @@ cdef class LayerBuilder:
     def cancel(self):
         """Gives up: ends the threads, drops what is unfinished. Harmless when called again or after finish."""
         self.pipeline.close(True)
+        self.part()
 
     def raise_failure(self):
         """Raises the failure that comes first in the stream, if there is one; the builder is then closed."""
@@ -665,7 +687,7 @@ cdef class LayerBuilder:
             blob_size, blob_digest, tar_size, diff_id, toc_digest = self.pipeline.result()
             return blob_size, blob_digest, tar_size, diff_id, toc_digest if self.indexed else None
         finally:
-            self.in_use = False
+            self.leave()
 
     def stages(self):
         """Seconds by stage, of all threads together; see Pipeline.stages. Valid after finish."""
@@ -695,6 +717,8 @@ cdef class LayerBuilder:
             return EST_NO_MEMORY
         total = text.size
         for row in range(self.row_count):
+            if row % ROWS_A_TURN == 0:
+                self.pipeline.let_others()
             text.size = 0
             if toc_entry(&self.pipeline.table, row, self.chunk_size, text):
                 return EST_NO_MEMORY
@@ -708,7 +732,9 @@ cdef class LayerBuilder:
         cdef buffer text
         cdef int code
         memset(&text, 0, sizeof(text))
+        self.pipeline.begin_turn()
         code = write_toc_member(self, &text)
+        self.pipeline.end_turn()
         buffer_free(&text)
         if not code:
             code = self.pipeline.drain()

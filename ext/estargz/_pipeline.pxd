@@ -3,6 +3,7 @@ from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from estargz._codec cimport compressor
+from estargz._crew cimport crew, crew_member
 from estargz._files cimport directory_cache
 from estargz._memory cimport buffer
 from estargz._rows cimport est_failure
@@ -104,8 +105,10 @@ cdef enum part:
 
 # What one thread keeps from batch to batch.
 ctypedef struct worker:
-    compressor state
+    compressor state            # of a build without a crew
     bint opened
+    bint seated                 # has one of the crew's seats,
+    int64_t turn_ends_ns        # which it keeps so long
     directory_cache directory
     int64_t since_ns            # up to when its time is accounted for
     int64_t spent_ns[STAGE_COUNT]
@@ -126,6 +129,10 @@ cdef class Pipeline:
     cdef bint keep_rows
     cdef readonly size_t raw_capacity
     cdef size_t out_capacity
+
+    cdef crew *crew                      # NULL: none
+    cdef crew_member member              # of it
+    cdef bint closed
 
     cdef batch *slots
     cdef batch **ring
@@ -170,13 +177,25 @@ cdef class Pipeline:
     cdef void fail(self, const est_failure *failure, int64_t batch_number) noexcept nogil
     cdef void stop(self) noexcept nogil
 
+    cdef void sit(self, worker *w) noexcept nogil
+    cdef void stand(self, worker *w) noexcept nogil
+    cdef void take_turn(self, worker *w) noexcept nogil
+    cdef void begin_turn(self) noexcept nogil
+    cdef void end_turn(self) noexcept nogil
+    cdef void let_others(self) noexcept nogil
+    cdef bint join(self) noexcept nogil
+    cdef batch *free_slot(self) noexcept nogil
+    cdef void free_memory(self, batch *b) noexcept nogil
+    cdef void release(self) noexcept nogil
+    cdef compressor *take_compressor(self, worker *w) noexcept nogil
+
     cdef bint step(self, worker *w) noexcept nogil
     cdef void work(self, batch *b, worker *w) noexcept nogil
     cdef int fill_files(self, batch *b, worker *w) noexcept nogil
     cdef bint take_tar_hash(self, batch *b) noexcept nogil
     cdef void return_tar_hash(self, batch *b) noexcept nogil
     cdef int hash_chunks(self, batch *b, bint with_tar) noexcept nogil
-    cdef int compress(self, batch *b, worker *w) noexcept nogil
+    cdef int compress(self, batch *b, compressor *state) noexcept nogil
     cdef int order(self, batch *b) noexcept nogil
     cdef int write_batch(self, batch *b) noexcept nogil
     cdef bint failed_before(self, int64_t number) noexcept nogil

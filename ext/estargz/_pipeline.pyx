@@ -25,10 +25,14 @@ from posix.unistd cimport close, pread, write
 from estargz._codec cimport (
     CODEC_COPY, CODEC_NONE, PIECE_MARGIN, compresses, compressor_close, compressor_open, member_bound, member_write, piece_write,
 )
+from estargz._crew cimport (
+    CREW_FULL, MEMBER_ROOMS, Crew, crew_borrow, crew_drop, crew_give, crew_join, crew_keep, crew_lend, crew_part, crew_return,
+    crew_take, crew_take_back, crew_turn,
+)
 from estargz._files cimport directory_cache_close, directory_cache_init, open_cached
 from estargz._memory cimport buffer_append, buffer_free
 from estargz._rows cimport (
-    EST_CANCELLED, EST_GREW, EST_NO_MEMORY, EST_OK, EST_OPEN, EST_READ, EST_REPLACED, EST_SHRANK, EST_SINK, EST_STAT,
+    EST_CANCELLED, EST_GREW, EST_NO_MEMORY, EST_OK, EST_OPEN, EST_POOL_FULL, EST_READ, EST_REPLACED, EST_SHRANK, EST_SINK, EST_STAT,
     EST_WRITE,
     chunk_row, est_failure, toc_row,
 )
@@ -119,13 +123,13 @@ cdef class Pipeline:
     threads >= 1; producer_helps: the producing thread is one of them; keep_rows: digest chunks and keep the table of
     contents; write: None, a file descriptor, or a callable that takes bytes; output: its name for messages; progress:
     None or a callable that is given the uncompressed bytes written so far, about ten times a second, in the producing
-    thread; members_most: in a batch; parts: None, or the names of PARTS that are done at all, which only measurements
+    thread; members_most: in a batch; crew: None, or what is shared with other pipelines (_crew); parts: None, or the names of PARTS that are done at all, which only measurements
     want: what comes out is then no layer.
     """
 
     def __cinit__(self, int codec, int level, size_t raw_capacity, int64_t slot_count, int threads,
                   bint producer_helps, bint keep_rows, write, str output, progress, size_t members_most,
-                  parts=None):
+                  Crew crew=None, parts=None):
         cdef int64_t i
         self.codec = codec
         self.level = level
@@ -135,6 +139,12 @@ cdef class Pipeline:
             self.parts |= PARTS[name]
         self.raw_capacity = raw_capacity
         self.out_capacity = member_bound(codec, raw_capacity) + PIECE_MARGIN + members_most * MEMBER_OVERHEAD
+        if crew is not None:
+            self.crew = crew.shared
+            crew_keep(self.crew)
+            self.member.raw_capacity = raw_capacity
+            self.member.out_capacity = self.out_capacity if compresses(codec) else 0
+            self.member.room = raw_capacity * (2 if compresses(codec) else 1)
         self.threads = threads
         self.slot_count = slot_count
         self.producer_helps = producer_helps
@@ -174,6 +184,7 @@ cdef class Pipeline:
     def __dealloc__(self):
         cdef int64_t i
         if self.slots != NULL:
+            self.release()
             for i in range(self.slot_count):
                 free_batch(&self.slots[i])
         if self.workers != NULL:
@@ -182,6 +193,7 @@ cdef class Pipeline:
                     compressor_close(&self.workers[i].state)
                 directory_cache_close(&self.workers[i].directory)
         self.close_pipe()
+        crew_drop(self.crew)
         free(self.slots)
         free(self.ring)
         free(self.workers)
@@ -194,21 +206,20 @@ cdef class Pipeline:
     # --------------------------------------------------------------------------------------------- producer's side
 
     cdef batch *acquire(self) noexcept nogil:
-        """An empty batch, or NULL when the pipeline has failed. Works while it waits."""
+        """An empty batch, or NULL when the pipeline has failed. Works while it waits. A seated producer comes back seated."""
+        cdef worker *w = &self.workers[0]
+        cdef bint seated = w.seated
         cdef batch *found = NULL
-        cdef int64_t i
-        charge(&self.workers[0], self.producing)
+        charge(w, self.producing)
         self.attend()
+        if not self.join():
+            return NULL
         pthread_mutex_lock(&self.lock)
         while not self.failure.code:
-            if self.produced - self.written < self.slot_count and not (self.threads == 1 and self.producer_helps
-                                                                       and self.produced > self.written):
-                for i in range(self.slot_count):
-                    if self.slots[i].state == STATE_FREE:
-                        found = &self.slots[i]
-                        break
+            found = self.free_slot()
+            if found != NULL:
                 break
-            if not (self.producer_helps and self.step(&self.workers[0])):
+            if not (self.producer_helps and self.step(w)):
                 self.wait_for_progress()
             if not self.listen():
                 break
@@ -220,7 +231,32 @@ cdef class Pipeline:
         if found != NULL:
             found.state = STATE_FILLING
         pthread_mutex_unlock(&self.lock)
+        if seated:
+            self.take_turn(w)
+        else:
+            self.stand(w)
         return found
+
+    cdef batch *free_slot(self) noexcept nogil:
+        """A batch that is free and has memory, if there is one; with the lock held."""
+        cdef batch *empty = NULL
+        cdef batch *b
+        cdef int64_t i
+        cdef int code
+        if self.produced - self.written >= self.slot_count:
+            return NULL
+        if self.threads == 1 and self.producer_helps and self.produced > self.written:
+            return NULL
+        for i in range(self.slot_count):
+            b = &self.slots[i]
+            if b.state == STATE_FREE:
+                if self.crew == NULL or b.raw != NULL:
+                    return b
+                empty = b
+        code = crew_lend(self.crew, &self.member, &empty.raw, &empty.out)
+        if code == EST_NO_MEMORY:
+            self.failure.code = code
+        return empty if code == EST_OK else NULL
 
     cdef void submit(self, batch *b) noexcept nogil:
         """Hands a filled batch over; order of submission is order of output."""
@@ -240,6 +276,7 @@ cdef class Pipeline:
     cdef int drain(self) noexcept nogil:
         """Waits until every submitted batch is written, working meanwhile. EST_OK, or the failure's code."""
         charge(&self.workers[0], self.producing)
+        self.stand(&self.workers[0])
         pthread_mutex_lock(&self.lock)
         while self.written < self.produced:
             if self.failure.code and (self.failed_batch < 0 or self.written >= self.failed_batch):
@@ -250,10 +287,12 @@ cdef class Pipeline:
                 break
         cdef int code = self.failure.code
         pthread_mutex_unlock(&self.lock)
+        self.stand(&self.workers[0])
         return code
 
     cdef void wait_for_progress(self) noexcept nogil:
         cdef timespec until
+        self.stand(&self.workers[0])
         clock_gettime(CLOCK_REALTIME, &until)
         until.tv_nsec += LISTEN_EVERY_NS
         if until.tv_nsec >= 1000000000:
@@ -265,7 +304,10 @@ cdef class Pipeline:
     cdef bint attend(self) noexcept nogil:
         """`listen` for the producer between two batches."""
         cdef bint go_on
-        if monotonic_ns() < self.progress_due_ns:
+        cdef int64_t now = monotonic_ns()
+        if self.workers[0].seated and now >= self.workers[0].turn_ends_ns:
+            self.let_others()
+        if now < self.progress_due_ns:
             return True
         charge(&self.workers[0], self.producing)
         pthread_mutex_lock(&self.lock)
@@ -279,11 +321,15 @@ cdef class Pipeline:
         Called with the lock held, which is released meanwhile: a callback may take its time.
         """
         cdef bint go_on
+        cdef bint seated = self.workers[0].seated
         if monotonic_ns() < self.progress_due_ns:
             return True
+        self.stand(&self.workers[0])
         pthread_mutex_unlock(&self.lock)
         go_on = self.call_back()
         charge(&self.workers[0], STAGE_WAIT)
+        if seated:
+            self.sit(&self.workers[0])
         pthread_mutex_lock(&self.lock)
         self.progress_due_ns = monotonic_ns() + LISTEN_EVERY_NS
         if not go_on:
@@ -340,6 +386,7 @@ cdef class Pipeline:
             if thread.ident is not None:
                 thread.join()
         self.started = []
+        self.closed = True
         self.close_pipe()
         for i in range(self.worker_count):  # at once: the traceback of a failure may keep this object for long
             directory_cache_close(&self.workers[i].directory)
@@ -359,6 +406,80 @@ cdef class Pipeline:
         if self.failure.code:
             name = self.failure.name[:self.failure.name_len].decode("utf-8", "backslashreplace")
             raise from_status(self.failure.code, self.failure.sys_errno, name, self.failure.offset)
+
+    # --------------------------------------------------------------------------------------------- what others share
+
+    cdef void sit(self, worker *w) noexcept nogil:
+        """Waits for a seat, if the thread has none. Not with the lock held."""
+        if self.crew != NULL and not w.seated:
+            if crew_take(self.crew, &w.turn_ends_ns):
+                charge(w, STAGE_WAIT)
+            w.seated = True
+
+    cdef void stand(self, worker *w) noexcept nogil:
+        """Gives the seat up: before anything that may take long and is no work."""
+        if w.seated:
+            w.seated = False
+            crew_give(self.crew)
+
+    cdef void take_turn(self, worker *w) noexcept nogil:
+        """A seat for one more piece of work, after those that wait if the thread has had its turn."""
+        if w.seated:
+            if crew_turn(self.crew, &w.turn_ends_ns):
+                charge(w, STAGE_WAIT)
+        else:
+            self.sit(w)
+
+    cdef void begin_turn(self) noexcept nogil:
+        """The producer is going to work for long."""
+        self.sit(&self.workers[0])
+
+    cdef void end_turn(self) noexcept nogil:
+        self.stand(&self.workers[0])
+
+    cdef void let_others(self) noexcept nogil:
+        """Interrupts the producer's work for others, if it is seated and they wait."""
+        if self.workers[0].seated:
+            charge(&self.workers[0], self.producing)
+            self.take_turn(&self.workers[0])
+
+    cdef bint join(self) noexcept nogil:
+        """Waits, before the first batch, until the crew has memory for them; False after a failure."""
+        cdef int code = EST_OK
+        if self.crew == NULL or self.member.joined:
+            return True
+        if self.closed:
+            return False
+        self.stand(&self.workers[0])
+        while True:
+            code = crew_join(self.crew, &self.member, LISTEN_EVERY_NS)
+            charge(&self.workers[0], STAGE_WAIT)
+            pthread_mutex_lock(&self.lock)
+            if code == EST_POOL_FULL and not self.failure.code:
+                set_failure(&self.failure, code, 0, -1, NULL, 0)
+            self.listen()
+            if self.failure.code or self.ended:
+                code = self.failure.code or EST_CANCELLED
+            pthread_mutex_unlock(&self.lock)
+            if code != CREW_FULL:
+                break
+        if code:
+            crew_part(self.crew, &self.member)
+        return code == EST_OK
+
+    cdef void free_memory(self, batch *b) noexcept nogil:
+        if b.raw != NULL:
+            crew_take_back(self.crew, &self.member, b.raw, b.out)
+        b.raw = b.out = NULL
+
+    cdef void release(self) noexcept nogil:
+        """Gives back all memory of the crew's. Only when no thread is at work on a batch any more."""
+        cdef int64_t i
+        if self.crew == NULL:
+            return
+        for i in range(self.slot_count):
+            self.free_memory(&self.slots[i])
+        crew_part(self.crew, &self.member)
 
     # --------------------------------------------------------------------------------------------- workers
 
@@ -386,9 +507,11 @@ cdef class Pipeline:
                     continue
                 if self.failure.code or (self.ended and self.taken == self.produced):
                     break
+                self.stand(w)
                 pthread_cond_wait(&self.work_or_end, &self.lock)
                 charge(w, STAGE_WAIT)
             pthread_mutex_unlock(&self.lock)
+            self.stand(w)
 
     cdef bint step(self, worker *w) noexcept nogil:
         """Does one piece of work if there is any; called with the lock held, which is released meanwhile."""
@@ -399,6 +522,8 @@ cdef class Pipeline:
         if not self.writing and self.written < self.ordered and not self.failed_before(self.written):
             b = self.ring[self.written % self.slot_count]
             self.writing = True
+            if not self.sink_is_file:
+                self.stand(w)
             pthread_mutex_unlock(&self.lock)
             code = self.write_batch(b)
             if code:
@@ -409,6 +534,8 @@ cdef class Pipeline:
             if not code:
                 b.state = STATE_FREE
                 self.written += 1
+                if self.member.held > MEMBER_ROOMS:
+                    self.free_memory(b)
             pthread_cond_signal(&self.progress_made)
             pthread_cond_signal(&self.work_or_end)
             return True
@@ -417,6 +544,7 @@ cdef class Pipeline:
             b = self.ring[self.ordered % self.slot_count]
             self.ordering = True
             pthread_mutex_unlock(&self.lock)
+            self.sit(w)
             code = self.order(b)
             if code:
                 self.give_up(b, code)
@@ -434,6 +562,7 @@ cdef class Pipeline:
             self.taken += 1
             b.state = STATE_WORKING
             pthread_mutex_unlock(&self.lock)
+            self.take_turn(w)
             b.failure.code = EST_OK
             self.work(b, w)
             if b.failure.code:
@@ -456,12 +585,18 @@ cdef class Pipeline:
             set_failure(&b.failure, code, 0, self.tar_size, NULL, 0)
         self.fail(&b.failure, b.number)
 
-    cdef void work(self, batch *b, worker *w) noexcept nogil:
-        cdef int code = EST_OK
+    cdef compressor *take_compressor(self, worker *w) noexcept nogil:
+        """The worker's own, or one of the crew's; NULL: no memory."""
+        if self.crew != NULL and compresses(self.codec):
+            return crew_borrow(self.crew, self.codec, self.level)
         if not w.opened:
-            code = compressor_open(&w.state, self.codec, self.level)
-            w.opened = code == EST_OK
-            charge(w, STAGE_COMPRESS)
+            w.opened = compressor_open(&w.state, self.codec, self.level) == EST_OK
+        return &w.state if w.opened else NULL
+
+    cdef void work(self, batch *b, worker *w) noexcept nogil:
+        cdef compressor *state = self.take_compressor(w)
+        cdef int code = EST_OK if state != NULL else EST_NO_MEMORY
+        charge(w, STAGE_COMPRESS)
         cdef bint hashed = not self.keep_rows or b.kind == BATCH_PIECE
         if not code and self.parts & PART_READ:
             code = self.fill_files(b, w)
@@ -473,11 +608,13 @@ cdef class Pipeline:
             hashed = True
         charge(w, STAGE_HASH)
         if not code and self.parts & PART_COMPRESS:
-            code = self.compress(b, w)
+            code = self.compress(b, state)
         charge(w, STAGE_COMPRESS)
         if not code and not hashed:
             self.hash_chunks(b, self.take_tar_hash(b))
         charge(w, STAGE_HASH)
+        if state != NULL and state != &w.state:
+            crew_return(self.crew, state)
         if code and not b.failure.code:
             set_failure(&b.failure, code, 0, -1, NULL, 0)
 
@@ -539,7 +676,7 @@ cdef class Pipeline:
             self.return_tar_hash(b)
         return EST_OK
 
-    cdef int compress(self, batch *b, worker *w) noexcept nogil:
+    cdef int compress(self, batch *b, compressor *state) noexcept nogil:
         cdef member_span *members = <member_span *>b.members.data
         cdef ssize_t written
         cdef size_t i
@@ -550,14 +687,14 @@ cdef class Pipeline:
             if b.first_piece:
                 memcpy(b.out, GZIP_HEADER, GZIP_HEADER_SIZE)
                 b.out_size = GZIP_HEADER_SIZE
-            written = piece_write(&w.state, b.raw, b.raw_size, b.last_piece, b.out + b.out_size,
+            written = piece_write(state, b.raw, b.raw_size, b.last_piece, b.out + b.out_size,
                                   self.out_capacity - b.out_size)
             if written < 0:
                 return written
             b.out_size += written
             return EST_OK
         for i in range(b.members.size // sizeof(member_span)):
-            written = member_write(&w.state, b.raw + members[i].raw_at, members[i].raw_end - members[i].raw_at,
+            written = member_write(state, b.raw + members[i].raw_at, members[i].raw_end - members[i].raw_at,
                                    b.out + b.out_size, self.out_capacity - b.out_size)
             if written < 0:
                 return written

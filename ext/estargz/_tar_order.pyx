@@ -190,7 +190,7 @@ cdef class TarOrder:
             if code:
                 self.builder.raise_failure()
         finally:
-            self.builder.in_use = False
+            self.builder.leave()
 
     def feed_rest(self):
         """Hands everything else to the builder, and the end of the archive."""
@@ -202,7 +202,7 @@ cdef class TarOrder:
             if code:
                 self.builder.raise_failure()
         finally:
-            self.builder.in_use = False
+            self.builder.leave()
 
     cdef void forget_names(self) noexcept:
         map_free(&self.names)

@@ -196,11 +196,13 @@ cdef class TreeWalk:
         """Walks; raises SourceError naming the path that cannot be read."""
         cdef int code
         with nogil:
+            self.builder.begin_turn()
             code = self.walk()
             while self.frames.size:  # left open by a failure, whose traceback may keep this object for long
                 self.leave()
             if not code:
                 code = self.builder.end_archive()
+            self.builder.end_turn()
         if code:
             self.builder.raise_failure()
 
@@ -237,9 +239,11 @@ cdef class TreeWalk:
         memset(&names, 0, sizeof(names))
         try:
             with nogil:
+                self.builder.begin_turn()
                 code = self.list_below(path, size, &names)
                 while self.frames.size:
                     self.leave()
+                self.builder.end_turn()
             if code:
                 self.builder.raise_failure()
             return names.data[:names.size] if names.size else b""
@@ -257,6 +261,7 @@ cdef class TreeWalk:
         self.looking = looking
         self.seeking = True
         with nogil:
+            self.builder.begin_turn()
             code = self.enter_root()
             while not code and at < end:
                 code = self.seek(at, strlen(<const char *>at))
@@ -265,6 +270,7 @@ cdef class TreeWalk:
                 at += strlen(<const char *>at) + 1
             while self.frames.size:
                 self.leave()
+            self.builder.end_turn()
         self.seeking = False
         self.looking = False
         self.some_came_first = True

@@ -39,6 +39,8 @@ enum est_status {
     EST_SINK = -51,           /* the caller's writer raised; its exception is kept aside */
     EST_COMPRESS = -52,       /* a library refused its input: a defect, never the input's fault */
 
+    EST_POOL_FULL = -55,      /* a pool has no memory for another build of a thread that has one unfinished */
+
     /* compressed input */
     EST_GZIP_DATA = -60,
     EST_GZIP_CHECKSUM = -61,

@@ -4,6 +4,7 @@ from typing import Self
 
 from typing_extensions import Buffer
 
+from estargz._crew import Crew
 from estargz._inflate import _Reads, _ReadsInto
 
 class InflateAhead:
@@ -19,6 +20,7 @@ class InflateAhead:
         begin: int = 0,
         end: int | None = None,
         segment: int = 262144,
+        crew: Crew | None = None,
         name: str = "input",
         strict: bool = False,
     ) -> None: ...

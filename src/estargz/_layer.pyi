@@ -3,6 +3,8 @@ from typing import Any
 
 from typing_extensions import Buffer
 
+from estargz._crew import Crew
+
 class LayerBuilder:
     def __init__(
         self,
@@ -17,6 +19,7 @@ class LayerBuilder:
         write: int | Callable[[bytes], Any] | None = None,
         output: str = "output",
         progress: Callable[[int], Any] | None = None,
+        crew: Crew | None = None,
         parts: Iterable[str] | None = None,
     ) -> None: ...
     input_name: str | None

@@ -143,6 +143,11 @@ _STATUS: dict[int, tuple[type[EstargzError], str, str]] = {
     -38: (TarError, "{name}: extended header without an entry, at byte {offset}", "the input is damaged; make the tar again"),
     -50: (SinkError, "{name}: cannot be written: {cause}", "free some space or check the destination"),
     -52: (EstargzError, "the compressor failed at byte {offset}", "this is a defect of estargz or its libraries"),
+    -55: (
+        UsageError,
+        "the pool's memory is used up, and the thread that would wait for it has another layer unfinished",
+        "give the pool more memory, or begin a layer when the one before is finished",
+    ),
     -60: (SourceError, "{name}: bad gzip data at byte {offset}", "the input is damaged; fetch it again"),
     -61: (SourceError, "{name}: gzip checksum mismatch at byte {offset}", "the input is damaged; fetch it again"),
     -62: (SourceError, "{name}: the gzip stream ends too early, at byte {offset}", "the input is truncated; fetch it again"),

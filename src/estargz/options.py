@@ -8,19 +8,25 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from estargz.errors import UsageError
 from estargz.layer import MEDIA_TYPES
+
+if TYPE_CHECKING:
+    from estargz.writing.pool import Pool
 
 __all__ = [
     "DEFAULT_CHUNK_SIZE",
     "DEFAULT_LEVEL",
     "DEFAULT_ZSTD_LEVEL",
     "MAX_LEVEL",
+    "MAX_MEMORY",
+    "MAX_THREADS",
     "MAX_ZSTD_LEVEL",
     "Options",
     "Progress",
+    "check_range",
     "encoder",
     "parse_size",
     "resolve_level",
@@ -44,6 +50,7 @@ DEFAULT_CHUNK_SIZE = 4 << 20
 
 MAX_CHUNK_SIZE = 1 << 30
 MAX_THREADS = 1024
+MAX_MEMORY = 1 << 50
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _SIZE = re.compile(r"\s*([0-9]{1,20})\s*([kmgt]?)(?:ib|b)?\s*", re.IGNORECASE)
@@ -108,7 +115,7 @@ def resolve_level(compression: str, level: int | None = None) -> int:
     most, default = (MAX_ZSTD_LEVEL, DEFAULT_ZSTD_LEVEL) if compression == "zstd" else (MAX_LEVEL, DEFAULT_LEVEL)
     if level is None:
         return default
-    _check(f"the level of compression {compression}", level, 0, most)
+    check_range(f"the level of compression {compression}", level, 0, most)
     return level or (default if compression == "zstd" else 0)
 
 
@@ -126,14 +133,15 @@ def encoder(compression: str, level: int | None = None) -> str:
     return _codec.encoder(compression, resolve_level(compression, level))
 
 
-def _check(name: str, value: int, least: int, most: int) -> None:
+def check_range(name: str, value: int, least: int, most: int) -> None:
+    """Raises UsageError unless ``value`` is a whole number in the range."""
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         raise UsageError(f"{name} must be a whole number from {least} to {most}, not {value!r}")
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a layer is written. Everything but ``threads``, ``memory`` and ``progress`` shapes its bytes.
+    """How a layer is written. Everything but ``threads``, ``memory``, ``progress`` and ``pool`` shapes its bytes.
 
     Raises:
         UsageError: a value is out of its range.
@@ -153,21 +161,29 @@ class Options:
     memory: int | None = None
     """Bytes that batches under way may take; None: 32 MiB and 32 MiB for each thread, more for large chunks."""
     progress: Progress | None = None
+    pool: Pool | None = None
+    """What is shared with builds that run at the same time: ``threads`` and ``memory`` are then the most that this one takes of
+    it, None for all."""
 
     def __post_init__(self) -> None:
         if self.compression not in MEDIA_TYPES:
             raise UsageError(f"unknown compression {self.compression!r}: choose {', '.join(MEDIA_TYPES)}")
         resolve_level(self.compression, self.level)
-        _check("chunk_size", self.chunk_size, 1, MAX_CHUNK_SIZE)
-        _check("min_chunk_size", self.min_chunk_size, 0, MAX_CHUNK_SIZE)
+        check_range("chunk_size", self.chunk_size, 1, MAX_CHUNK_SIZE)
+        check_range("min_chunk_size", self.min_chunk_size, 0, MAX_CHUNK_SIZE)
         if self.threads is not None:
-            _check("threads", self.threads, 1, MAX_THREADS)
+            check_range("threads", self.threads, 1, MAX_THREADS)
         if self.memory is not None:
-            _check("memory", self.memory, 1, 1 << 50)
+            check_range("memory", self.memory, 1, MAX_MEMORY)
+        if self.pool is not None and not hasattr(self.pool, "crew"):
+            raise UsageError(f"a pool is an estargz.Pool, not {type(self.pool).__name__}")
 
     def kernel_arguments(self) -> dict[str, Any]:
         """The keyword arguments of the builder kernel."""
-        threads = self.threads or usable_threads()
+        threads, memory = self.threads or usable_threads(), self.memory
+        if self.pool is not None:
+            threads = min(self.threads or self.pool.threads, self.pool.threads)
+            memory = min(self.memory or self.pool.memory, self.pool.memory)
         slot = 2 * (self.chunk_size + self.min_chunk_size + (4 << 20))
         return {
             "compression": self.compression,
@@ -175,6 +191,7 @@ class Options:
             "chunk_size": self.chunk_size,
             "min_chunk_size": self.min_chunk_size,
             "threads": threads,
-            "memory": self.memory or max((32 << 20) * (threads + 1), slot * (threads + 1)),
+            "memory": memory or max((32 << 20) * (threads + 1), slot * (threads + 1)),
             "progress": self.progress,
+            "crew": self.pool.crew if self.pool is not None else None,
         }

@@ -8,6 +8,7 @@ from estargz._layer import LayerBuilder
 from estargz.errors import UsageError
 from estargz.layer import Layer
 from estargz.options import DEFAULT_CHUNK_SIZE, Options, Progress
+from estargz.writing.pool import Pool
 from estargz.writing.priority import Priority
 from estargz.writing.sink import Destination, open_sink
 from estargz.writing.source import PathLike, Readable, TarSource, open_source, opened
@@ -33,6 +34,7 @@ def build(
     allow_missing: bool = False,
     source_date_epoch: int | None = None,
     progress: Progress | None = None,
+    pool: Pool | None = None,
 ) -> Layer:
     """Builds a layer in one pass and returns its sizes, digests and descriptor.
 
@@ -58,6 +60,8 @@ def build(
         allow_missing: paths to prefetch that the layer does not have are listed in ``Layer.missing``, and no error.
         source_date_epoch: upper bound in seconds of the modification times of a directory's entries.
         progress: is given the uncompressed bytes done, about ten times a second.
+        pool: threads and memory shared with builds that other threads run at the same time; ``threads`` and ``memory`` are
+            then the most that this build takes of it. Never changes the bytes.
 
     Raises:
         UsageError: options that cannot be honoured, alone or together.
@@ -72,6 +76,7 @@ def build(
         threads=threads,
         memory=memory,
         progress=progress,
+        pool=pool,
     )
     priority = Priority(prefetch or (), allow_missing=allow_missing) or None
     if priority is not None and compression != "estargz":
@@ -90,6 +95,7 @@ def build(
                 landmark=landmark,
                 priority=priority,
                 threads=arguments["threads"],
+                crew=arguments["crew"],
             )
         ) as stream,
         open_sink(dest) as sink,

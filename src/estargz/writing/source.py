@@ -7,9 +7,10 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import IO, Any, Protocol, TypeGuard
+from typing import IO, Any, NamedTuple, Protocol, TypeGuard
 
 from estargz import _tar_order, _walk
+from estargz._crew import Crew
 from estargz._inflate import detect
 from estargz._inflate_ahead import InflateAhead
 from estargz._layer import LayerBuilder
@@ -115,33 +116,39 @@ class TarSource:
     """A tar stream: plain, gzip or zstd, told apart by content. An eStargz blob gives the tar it was made from.
 
     ``owned``: the object is closed with the source. With a ``priority`` it is read twice, from a copy in ``$TMPDIR`` unless
-    it is a plain file. ``threads``: of the build that it is for.
+    it is a plain file. ``threads`` and ``crew``: of the build that it is for.
     """
 
     def __init__(
-        self, readable: Readable, name: str, *, owned: bool, priority: Priority | None, threads: int = 1
+        self,
+        readable: Readable,
+        name: str,
+        *,
+        owned: bool,
+        priority: Priority | None,
+        threads: int = 1,
+        crew: Crew | None = None,
     ) -> None:
         self._readable = readable
         self._name = name
         self._owned = owned
         self._priority = priority
-        self._threads = threads
+        self._ahead = Ahead(inflating_threads(threads), crew)
 
     def fill(self, builder: LayerBuilder) -> tuple[str, ...]:
         builder.input_name = self._name
         prefix = read_prefix(self._readable)
         kind = detect(prefix)
         descriptor = raw_descriptor(self._readable)
-        threads = inflating_threads(self._threads)
         if self._priority is not None:
-            return fill_from_places(builder, prefix, self._readable, kind, self._name, self._priority, threads)
+            return fill_from_places(builder, prefix, self._readable, kind, self._name, self._priority, self._ahead)
         if kind == "plain" and descriptor is not None:
             builder.feed(prefix)
             builder.feed_fd(descriptor)
         elif kind == "plain":
             feed_pieces(builder, prefix, self._readable)
         else:
-            feed_compressed(builder, prefix, self._readable, kind, self._name, threads)
+            feed_compressed(builder, prefix, self._readable, kind, self._name, self._ahead)
         builder.end_feed()
         return ()
 
@@ -153,7 +160,7 @@ class TarSource:
 
 
 def fill_from_places(
-    builder: LayerBuilder, prefix: bytes, readable: Readable, kind: str, name: str, priority: Priority, threads: int
+    builder: LayerBuilder, prefix: bytes, readable: Readable, kind: str, name: str, priority: Priority, ahead: Ahead
 ) -> tuple[str, ...]:
     """Scans a tar and then hands its entries over: what comes first, the landmark, and the rest; returns what is missing."""
     with ExitStack() as opened:
@@ -162,7 +169,7 @@ def fill_from_places(
         if kind == "plain" and descriptor is not None and stat.S_ISREG(os.fstat(descriptor).st_mode):
             begin, end = os.lseek(descriptor, 0, os.SEEK_CUR) - len(prefix), os.fstat(descriptor).st_size
         else:
-            spool, tail = opened.enter_context(spooled(compressed(prefix, readable), kind, name, threads))
+            spool, tail = opened.enter_context(spooled(compressed(prefix, readable), kind, name, ahead))
             descriptor, begin, end = spool.fileno(), 0, spool.tell()
             whole_blob = kind == "gzip" and has_footer(tail)
         order = _tar_order.TarOrder(builder, descriptor, begin, end)
@@ -177,7 +184,7 @@ def fill_from_places(
 
 
 @contextmanager
-def spooled(source: Compressed, kind: str, name: str, threads: int) -> Iterator[tuple[IO[bytes], bytes]]:
+def spooled(source: Compressed, kind: str, name: str, ahead: Ahead) -> Iterator[tuple[IO[bytes], bytes]]:
     """A file without a name that holds a stream's tar, positioned at its end, and the last bytes of the stream itself.
 
     Raises SinkError when the tar finds no room.
@@ -185,7 +192,7 @@ def spooled(source: Compressed, kind: str, name: str, threads: int) -> Iterator[
     import tempfile  # slow, and rarely wanted
 
     with tempfile.TemporaryFile(prefix="estargz-", buffering=0) as spool:
-        with source.inflate(kind, name, threads) as inflated:
+        with source.inflate(kind, name, ahead) as inflated:
             for block in inflated.blocks():
                 keep(spool, block, tempfile.gettempdir())
             tail = source.tail(inflated.offset)
@@ -247,6 +254,13 @@ def feed_pieces(builder: LayerBuilder, prefix: bytes, readable: Readable) -> Non
         piece = read_piece(readable, PIECE_SIZE)
 
 
+class Ahead(NamedTuple):
+    """Who inflates ahead of a builder."""
+
+    threads: int
+    crew: Crew | None
+
+
 class CompressedFile:
     """A compressed regular file whose first bytes were read already, for threads that read it themselves."""
 
@@ -254,8 +268,10 @@ class CompressedFile:
         self._file = file
         self._begin = file.tell() - len(prefix)
 
-    def inflate(self, kind: str, name: str, threads: int) -> InflateAhead:
-        return InflateAhead(self._file.fileno(), kind, begin=self._begin, name=name, threads=threads)
+    def inflate(self, kind: str, name: str, ahead: Ahead) -> InflateAhead:
+        return InflateAhead(
+            self._file.fileno(), kind, begin=self._begin, name=name, threads=ahead.threads, crew=ahead.crew
+        )
 
     def tail(self, size: int) -> bytes:
         """The last bytes, of which there are ``size`` altogether; leaves the file read to its end, as others are."""
@@ -271,8 +287,8 @@ class CompressedObject:
         self._readable = readable
         self._tail = b""
 
-    def inflate(self, kind: str, name: str, threads: int) -> InflateAhead:
-        return InflateAhead(self, kind, name=name, threads=threads)
+    def inflate(self, kind: str, name: str, ahead: Ahead) -> InflateAhead:
+        return InflateAhead(self, kind, name=name, threads=ahead.threads, crew=ahead.crew)
 
     def read(self, size: int) -> bytes:
         if self._prefix:
@@ -300,13 +316,13 @@ def inflating_threads(threads: int) -> int:
 
 
 def feed_compressed(
-    builder: LayerBuilder, prefix: bytes, readable: Readable, kind: str, name: str, threads: int
+    builder: LayerBuilder, prefix: bytes, readable: Readable, kind: str, name: str, ahead: Ahead
 ) -> None:
     """Inflates in threads of its own, ahead of the calling one, which splits, and of those that compress."""
     source = compressed(prefix, readable)
     if kind == "gzip":
         builder.stop_at_toc()
-    with source.inflate(kind, name, threads) as inflated:
+    with source.inflate(kind, name, ahead) as inflated:
         for block in inflated.blocks():
             builder.feed(block)
         tail = source.tail(inflated.offset)
@@ -342,8 +358,10 @@ def open_source(
     landmark: bool,
     priority: Priority | None = None,
     threads: int = 1,
+    crew: Crew | None = None,
 ) -> Source:
-    """The source that ``source`` is: a directory, a tar file, or a readable object, for a build with so many threads.
+    """The source that ``source`` is: a directory, a tar file, or a readable object, for a build with so many threads, of which
+    those that inflate need a seat of its ``crew``.
 
     Raises:
         UsageError: lower directories are given with a tar, or both kinds of them at once.
@@ -365,11 +383,13 @@ def open_source(
                 source, lowers, overlay=overlay_lower is not None, epoch=epoch, landmark=landmark, priority=priority
             )
         no_lowers(lower, overlay_lower)
-        return TarSource(open_tar(source), os.fspath(source), owned=True, priority=priority, threads=threads)
+        name = os.fspath(source)
+        return TarSource(open_tar(source), name, owned=True, priority=priority, threads=threads, crew=crew)
     if not callable(getattr(source, "read", None)):
         raise UsageError(f"a source is a path or an object with read(), not {type(source).__name__}")
     no_lowers(lower, overlay_lower)
-    return TarSource(source, str(getattr(source, "name", "input")), owned=False, priority=priority, threads=threads)
+    name = str(getattr(source, "name", "input"))
+    return TarSource(source, name, owned=False, priority=priority, threads=threads, crew=crew)
 
 
 def no_lowers(lower: PathLike | None, overlay_lower: Sequence[PathLike] | None) -> None:

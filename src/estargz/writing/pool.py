@@ -1,0 +1,54 @@
+"""What builds that run side by side share: threads and memory."""
+
+from __future__ import annotations
+
+from estargz._crew import Crew
+from estargz.options import MAX_MEMORY, MAX_THREADS, check_range, usable_threads
+
+__all__ = ["Pool"]
+
+DEFAULT_MEMORY = 64 << 20
+
+
+class Pool:
+    """Threads and memory for builds that several threads of the caller run at once: ``build(..., pool=pool)``.
+
+    However many builds there are, no more than ``threads`` of their threads read, hash, compress or inflate at any time, and
+    the data under way takes no more than ``memory`` bytes. Builds take turns batch by batch, so that a small layer does not
+    wait for a large one to end. A build begins when there is memory for two of its batches (10 MiB each with the options'
+    defaults); until then it waits. It may use more while others do not need it.
+
+    Not counted: who feeds a tar that is not compressed, who writes, what is inflated ahead (2 to 20 MiB a build), and the
+    compressors, of which there are as many as threads (see docs/architecture.md).
+
+    Nothing needs to be closed: without builds a pool holds neither threads nor memory.
+
+    Args:
+        threads: 1..1024, None for the CPUs this process may use.
+        memory: bytes, None for 64 MiB and 64 MiB more for each thread.
+
+    Raises:
+        UsageError: a value is out of its range.
+    """
+
+    def __init__(self, threads: int | None = None, memory: int | None = None) -> None:
+        threads = usable_threads() if threads is None else threads
+        check_range("threads", threads, 1, MAX_THREADS)
+        memory = DEFAULT_MEMORY * (threads + 1) if memory is None else memory
+        check_range("memory", memory, 1, MAX_MEMORY)
+        self._crew = Crew(threads, memory)
+
+    @property
+    def threads(self) -> int:
+        """How many compute at once."""
+        return self._crew.threads
+
+    @property
+    def memory(self) -> int:
+        """Bytes of data under way, in all."""
+        return self._crew.memory
+
+    @property
+    def crew(self) -> Crew:
+        """The same for the kernels."""
+        return self._crew
