@@ -29,8 +29,10 @@ from estargz.image.store import BlobReader, BlobUpload, ImageTarget
 from estargz.image.variants import VariantKey, VariantStore
 from estargz.layer import TOC_DIGEST, Layer
 from estargz.options import Options
+from estargz.writing.building import build_from
 from estargz.writing.pool import Pool
 from estargz.writing.sink import DescriptorSink
+from estargz.writing.source import TarSource
 
 __all__ = ["LANES", "Event", "LayerMover", "Report"]
 
@@ -146,7 +148,8 @@ class LayerMover:
 
         def make(dest: Any) -> Layer:
             with layer.source.open(layer.descriptor) as reader:
-                made = NewLayer(reader).build(dest, **self._options(watch))
+                options = Options(**self._options(watch))
+                made = build_from(_tar_in(reader, layer, kind, self._pool), dest, options)
                 while reader.read(_PIECE):  # the digest is checked at the end
                     pass
             _check_diff_id(layer, kind, made)
@@ -253,6 +256,14 @@ class LayerMover:
         descriptor = descriptor_of(layer)
         if not self._target.link(descriptor, cache):
             self._target.put(descriptor, lambda: cache.open(descriptor))
+
+
+def _tar_in(reader: BlobReader, layer: StoredLayer, kind: str, pool: Pool) -> TarSource:
+    """What a builder reads a layer's tar from: of an eStargz layer, without its table of contents."""
+    name = f"{reader.name}: {layer.descriptor.digest}"
+    return TarSource(
+        reader, name, owned=False, priority=None, threads=pool.threads, crew=pool.crew, is_blob=kind == "estargz"
+    )
 
 
 def _identity(layer: StoredLayer | NewLayer) -> object:

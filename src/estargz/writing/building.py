@@ -11,10 +11,10 @@ from estargz.options import DEFAULT_CHUNK_SIZE, Options, Progress
 from estargz.writing.pool import Pool
 from estargz.writing.priority import Priority
 from estargz.writing.sink import Destination, open_sink
-from estargz.writing.source import PathLike, Readable, TarSource, open_source, opened
+from estargz.writing.source import PathLike, Readable, Source, TarSource, open_source, opened
 from estargz.writing.writer import finish_layer
 
-__all__ = ["build"]
+__all__ = ["build", "build_from"]
 
 
 def build(
@@ -33,6 +33,7 @@ def build(
     prefetch: Iterable[str] | None = None,
     allow_missing: bool = False,
     source_date_epoch: int | None = None,
+    rewrite_timestamp: bool = False,
     progress: Progress | None = None,
     pool: Pool | None = None,
 ) -> Layer:
@@ -59,6 +60,7 @@ def build(
             tar that cannot be read twice, or is compressed, is kept uncompressed in ``$TMPDIR`` meanwhile.
         allow_missing: paths to prefetch that the layer does not have are listed in ``Layer.missing``, and no error.
         source_date_epoch: upper bound in seconds of the modification times of a directory's entries.
+        rewrite_timestamp: the bound holds for all times in a tar, too, which is otherwise kept to the byte.
         progress: is given the uncompressed bytes done, about ten times a second.
         pool: threads and memory shared with builds that other threads run at the same time; ``threads`` and ``memory`` are
             then the most that this build takes of it. Never changes the bytes.
@@ -79,30 +81,36 @@ def build(
         pool=pool,
     )
     priority = Priority(prefetch or (), allow_missing=allow_missing) or None
+    if rewrite_timestamp and source_date_epoch is None:
+        raise UsageError("rewriting timestamps needs a source_date_epoch to compare them with")
     if priority is not None and compression != "estargz":
         raise UsageError(f"only eStargz layers have an order of prefetching; compression {compression!r} has none")
     if priority is not None and not landmark:
         raise UsageError("prefetching needs the landmark that says how far; leave either out")
     landmark = landmark and compression == "estargz"
     arguments = options.kernel_arguments()
-    with (
-        opened(
-            open_source(
-                source,
-                lower=lower,
-                overlay_lower=overlay_lower,
-                epoch=source_date_epoch,
-                landmark=landmark,
-                priority=priority,
-                threads=arguments["threads"],
-                crew=arguments["crew"],
-            )
-        ) as stream,
-        open_sink(dest) as sink,
-    ):
+    with opened(
+        open_source(
+            source,
+            lower=lower,
+            overlay_lower=overlay_lower,
+            epoch=source_date_epoch,
+            rewrite=rewrite_timestamp,
+            landmark=landmark,
+            priority=priority,
+            threads=arguments["threads"],
+            crew=arguments["crew"],
+        )
+    ) as stream:
+        return build_from(stream, dest, options)
+
+
+def build_from(stream: Source, dest: Destination, options: Options) -> Layer:
+    """The same for a source that is open. Raises what ``build`` raises."""
+    with open_sink(dest) as sink:
         # Waiting for a pipe, or for what is inflated, keeps the caller's thread busy; walking a tree does not.
         builder = LayerBuilder(
-            **arguments,
+            **options.kernel_arguments(),
             producer_helps=not isinstance(stream, TarSource),
             write=sink.target,
             output=sink.name,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import IO, Any, NamedTuple, Protocol, TypeGuard
+from typing import IO, NamedTuple, Protocol, TypeGuard
 
 from estargz import _tar_order, _walk
 from estargz._crew import Crew
@@ -30,6 +30,7 @@ class Readable(Protocol):
 
 
 PathLike = str | os.PathLike[str]
+Block = bytes | memoryview
 
 
 class Source(Protocol):
@@ -116,7 +117,8 @@ class TarSource:
     """A tar stream: plain, gzip or zstd, told apart by content. An eStargz blob gives the tar it was made from.
 
     ``owned``: the object is closed with the source. With a ``priority`` it is read twice, from a copy in ``$TMPDIR`` unless
-    it is a plain file. ``threads`` and ``crew``: of the build that it is for.
+    it is a plain file. ``threads`` and ``crew``: of the build that it is for. ``epoch``: no time in it comes out later than
+    this. ``is_blob``: whether a gzip stream is an eStargz blob; None: its end tells, if that can be read beforehand.
     """
 
     def __init__(
@@ -128,29 +130,90 @@ class TarSource:
         priority: Priority | None,
         threads: int = 1,
         crew: Crew | None = None,
+        epoch: int | None = None,
+        is_blob: bool | None = None,
     ) -> None:
         self._readable = readable
         self._name = name
         self._owned = owned
         self._priority = priority
         self._ahead = Ahead(inflating_threads(threads), crew)
+        self._epoch = epoch
+        self._is_blob = is_blob
 
     def fill(self, builder: LayerBuilder) -> tuple[str, ...]:
         builder.input_name = self._name
         prefix = read_prefix(self._readable)
         kind = detect(prefix)
-        descriptor = raw_descriptor(self._readable)
         if self._priority is not None:
-            return fill_from_places(builder, prefix, self._readable, kind, self._name, self._priority, self._ahead)
+            return self._fill_in_order(builder, prefix, kind, self._priority)
+        descriptor = raw_descriptor(self._readable) if self._epoch is None else None
         if kind == "plain" and descriptor is not None:
             builder.feed(prefix)
             builder.feed_fd(descriptor)
         elif kind == "plain":
-            feed_pieces(builder, prefix, self._readable)
+            for piece in clamped(pieces(prefix, self._readable), self._epoch):
+                builder.feed(piece)
         else:
-            feed_compressed(builder, prefix, self._readable, kind, self._name, self._ahead)
+            self._feed_compressed(builder, prefix, kind)
         builder.end_feed()
         return ()
+
+    def _feed_compressed(self, builder: LayerBuilder, prefix: bytes, kind: str) -> None:
+        """Inflates in threads of its own, ahead of the calling one, which splits, and of those that compress."""
+        source = compressed(prefix, self._readable)
+        is_blob = source.is_blob() if self._is_blob is None else self._is_blob
+        stops = kind == "gzip" and is_blob is not False
+        if stops:
+            builder.stop_at_toc()
+        with source.inflate(kind, self._name, self._ahead) as inflated:
+            for block in clamped(inflated.blocks(), self._epoch):
+                builder.feed(block)
+            ended_in_footer = has_footer(source.tail(inflated.offset))
+        if builder.toc_seen and not ended_in_footer:
+            raise SourceError(
+                f"{self._name}: holds stargz.index.json, a name reserved by the eStargz format; "
+                "build from a file if that is behind the tar's end, or rename it"
+            )
+        if stops and ended_in_footer and not (builder.toc_seen and builder.toc_left == 0):
+            raise hidden_table(self._name)
+
+    def _fill_in_order(self, builder: LayerBuilder, prefix: bytes, kind: str, priority: Priority) -> tuple[str, ...]:
+        """Scans a tar and then hands its entries over: what comes first, the landmark, and the rest; returns what is
+        missing."""
+        with ExitStack() as opened:
+            descriptor = raw_descriptor(self._readable) if self._epoch is None else None
+            whole_blob = False
+            if kind == "plain" and descriptor is not None and stat.S_ISREG(os.fstat(descriptor).st_mode):
+                begin, end = os.lseek(descriptor, 0, os.SEEK_CUR) - len(prefix), os.fstat(descriptor).st_size
+            else:
+                spool, tail = opened.enter_context(self._spooled(compressed(prefix, self._readable), kind))
+                descriptor, begin, end = spool.fileno(), 0, spool.tell()
+                whole_blob = kind == "gzip" and has_footer(tail)
+            order = _tar_order.TarOrder(builder, descriptor, begin, end)
+            if whole_blob and not order.toc_cut:
+                raise hidden_table(self._name)
+            missing = priority.missing(order.pick(priority.resolve(order.names_below)))
+            order.feed_picked()
+            builder.end_prefetch(PREFETCH_LANDMARK, LANDMARK_PAYLOAD)
+            order.feed_rest()
+            builder.end_feed()
+            return missing
+
+    @contextmanager
+    def _spooled(self, source: Compressed, kind: str) -> Iterator[tuple[IO[bytes], bytes]]:
+        """A file without a name that holds a stream's tar, positioned at its end, and the last bytes of the stream itself.
+
+        Raises SinkError when the tar finds no room.
+        """
+        import tempfile  # slow, and rarely wanted
+
+        with tempfile.TemporaryFile(prefix="estargz-", buffering=0) as spool:
+            with source.inflate(kind, self._name, self._ahead) as inflated:
+                for block in clamped(inflated.blocks(), self._epoch):
+                    keep(spool, block, tempfile.gettempdir())
+                tail = source.tail(inflated.offset)
+            yield spool, tail
 
     def close(self) -> None:
         if self._owned:
@@ -159,47 +222,7 @@ class TarSource:
                 close()
 
 
-def fill_from_places(
-    builder: LayerBuilder, prefix: bytes, readable: Readable, kind: str, name: str, priority: Priority, ahead: Ahead
-) -> tuple[str, ...]:
-    """Scans a tar and then hands its entries over: what comes first, the landmark, and the rest; returns what is missing."""
-    with ExitStack() as opened:
-        descriptor = raw_descriptor(readable)
-        whole_blob = False
-        if kind == "plain" and descriptor is not None and stat.S_ISREG(os.fstat(descriptor).st_mode):
-            begin, end = os.lseek(descriptor, 0, os.SEEK_CUR) - len(prefix), os.fstat(descriptor).st_size
-        else:
-            spool, tail = opened.enter_context(spooled(compressed(prefix, readable), kind, name, ahead))
-            descriptor, begin, end = spool.fileno(), 0, spool.tell()
-            whole_blob = kind == "gzip" and has_footer(tail)
-        order = _tar_order.TarOrder(builder, descriptor, begin, end)
-        if whole_blob and not order.toc_cut:
-            raise hidden_table(name)
-        missing = priority.missing(order.pick(priority.resolve(order.names_below)))
-        order.feed_picked()
-        builder.end_prefetch(PREFETCH_LANDMARK, LANDMARK_PAYLOAD)
-        order.feed_rest()
-        builder.end_feed()
-        return missing
-
-
-@contextmanager
-def spooled(source: Compressed, kind: str, name: str, ahead: Ahead) -> Iterator[tuple[IO[bytes], bytes]]:
-    """A file without a name that holds a stream's tar, positioned at its end, and the last bytes of the stream itself.
-
-    Raises SinkError when the tar finds no room.
-    """
-    import tempfile  # slow, and rarely wanted
-
-    with tempfile.TemporaryFile(prefix="estargz-", buffering=0) as spool:
-        with source.inflate(kind, name, ahead) as inflated:
-            for block in inflated.blocks():
-                keep(spool, block, tempfile.gettempdir())
-            tail = source.tail(inflated.offset)
-        yield spool, tail
-
-
-def keep(spool: IO[bytes], data: memoryview, folder: str) -> None:
+def keep(spool: IO[bytes], data: Block, folder: str) -> None:
     try:
         while data:
             data = data[spool.write(data) :]
@@ -247,11 +270,37 @@ def is_regular(readable: Readable) -> TypeGuard[io.FileIO]:
     return stat.S_ISREG(status.st_mode) and status.st_size > 0
 
 
-def feed_pieces(builder: LayerBuilder, prefix: bytes, readable: Readable) -> None:
-    piece: Any = prefix
+def pieces(prefix: bytes, readable: Readable) -> Iterator[bytes]:
+    """All of an object, with the bytes that were read from it to look at them put back in front."""
+    piece = prefix
     while piece:
-        builder.feed(piece)
+        yield piece
         piece = read_piece(readable, PIECE_SIZE)
+
+
+def clamped(blocks: Iterable[Block], epoch: int | None) -> Iterator[Block]:
+    """A tar's bytes with no time in them later than the epoch; each block is used before the next is asked for."""
+    if epoch is None:
+        yield from blocks
+        return
+    from estargz.writing.timestamps import ClampedTar  # which reads as this module does
+
+    tar = ClampedTar(Blocks(blocks), epoch)
+    while piece := tar.read(PIECE_SIZE):
+        yield piece
+
+
+class Blocks:
+    """A readable object of blocks."""
+
+    def __init__(self, blocks: Iterable[Block]) -> None:
+        self._blocks = iter(blocks)
+        self._left = b""
+
+    def read(self, size: int, /) -> bytes:
+        data = self._left or bytes(next(self._blocks, b""))
+        self._left = data[size:]
+        return data[:size]
 
 
 class Ahead(NamedTuple):
@@ -272,6 +321,11 @@ class CompressedFile:
         return InflateAhead(
             self._file.fileno(), kind, begin=self._begin, name=name, threads=ahead.threads, crew=ahead.crew
         )
+
+    def is_blob(self) -> bool:
+        """Whether it ends as an eStargz blob does."""
+        size = os.fstat(self._file.fileno()).st_size
+        return has_footer(os.pread(self._file.fileno(), TAIL_SIZE, max(size - TAIL_SIZE, self._begin)))
 
     def tail(self, size: int) -> bytes:
         """The last bytes, of which there are ``size`` altogether; leaves the file read to its end, as others are."""
@@ -298,6 +352,9 @@ class CompressedObject:
         self._tail = (self._tail + data[-TAIL_SIZE:])[-TAIL_SIZE:]
         return data
 
+    def is_blob(self) -> None:
+        """Nobody knows before its end."""
+
     def tail(self, size: int) -> bytes:
         return self._tail
 
@@ -313,26 +370,6 @@ def inflating_threads(threads: int) -> int:
     """Threads that inflate beside as many that compress: it is a quarter of the work (bench/bench_inflate.py), and what four
     inflate is more than the one hash over the whole stream takes."""
     return min((threads + 3) // 4, 4)
-
-
-def feed_compressed(
-    builder: LayerBuilder, prefix: bytes, readable: Readable, kind: str, name: str, ahead: Ahead
-) -> None:
-    """Inflates in threads of its own, ahead of the calling one, which splits, and of those that compress."""
-    source = compressed(prefix, readable)
-    if kind == "gzip":
-        builder.stop_at_toc()
-    with source.inflate(kind, name, ahead) as inflated:
-        for block in inflated.blocks():
-            builder.feed(block)
-        tail = source.tail(inflated.offset)
-    if builder.toc_seen and not has_footer(tail):
-        raise SourceError(
-            f"{name}: holds stargz.index.json, a name reserved by the eStargz format; "
-            "rename it, or decompress the input and use --compression gzip"
-        )
-    if kind == "gzip" and has_footer(tail) and not (builder.toc_seen and builder.toc_left == 0):
-        raise hidden_table(name)
 
 
 def hidden_table(name: str) -> SourceError:
@@ -359,9 +396,10 @@ def open_source(
     priority: Priority | None = None,
     threads: int = 1,
     crew: Crew | None = None,
+    rewrite: bool = False,
 ) -> Source:
     """The source that ``source`` is: a directory, a tar file, or a readable object, for a build with so many threads, of which
-    those that inflate need a seat of its ``crew``.
+    those that inflate need a seat of its ``crew``. ``rewrite``: the epoch bounds the times of a tar, too.
 
     Raises:
         UsageError: lower directories are given with a tar, or both kinds of them at once.
@@ -383,13 +421,22 @@ def open_source(
                 source, lowers, overlay=overlay_lower is not None, epoch=epoch, landmark=landmark, priority=priority
             )
         no_lowers(lower, overlay_lower)
+        readable: Readable = open_tar(source)
         name = os.fspath(source)
-        return TarSource(open_tar(source), name, owned=True, priority=priority, threads=threads, crew=crew)
-    if not callable(getattr(source, "read", None)):
-        raise UsageError(f"a source is a path or an object with read(), not {type(source).__name__}")
-    no_lowers(lower, overlay_lower)
-    name = str(getattr(source, "name", "input"))
-    return TarSource(source, name, owned=False, priority=priority, threads=threads, crew=crew)
+    else:
+        if not callable(getattr(source, "read", None)):
+            raise UsageError(f"a source is a path or an object with read(), not {type(source).__name__}")
+        no_lowers(lower, overlay_lower)
+        readable, name = source, str(getattr(source, "name", "input"))
+    return TarSource(
+        readable,
+        name,
+        owned=readable is not source,
+        priority=priority,
+        threads=threads,
+        crew=crew,
+        epoch=epoch if rewrite else None,
+    )
 
 
 def no_lowers(lower: PathLike | None, overlay_lower: Sequence[PathLike] | None) -> None:
