@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import images
 import pytest
-from images import FILES, OCI_TYPES, image, several_platforms, sha256, tar_of, write_layout
+import sample_images as images
 from registry import registry
+from sample_images import FILES, OCI_TYPES, image, several_platforms, sha256, tar_of, write_layout
 from test_image_convert import TOC_DIGEST, inflated, read_blob, read_json
 
 from estargz.cli import main

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import images
 import pytest
+import sample_images as images
 import zstandard
-from images import OCI_TYPES, described, image, index, several_platforms, sha256, write_layout
 from reference.peer import report, run
+from sample_images import OCI_TYPES, described, image, index, several_platforms, sha256, write_layout
 from tars import END, everything
 
 from estargz.errors import ImageError, UploadBrokenError, UsageError, VerificationError
@@ -153,6 +153,17 @@ def test_without_a_compression_it_is_a_copy(scratch: Path) -> None:
     done = convert(f"oci:{scratch}/source:v1", f"oci:{scratch}/there:v1")
     assert done.descriptor.digest == original.root["digest"]
     assert stored_digests(scratch / "there") == set(original.blobs)
+
+
+@pytest.mark.parametrize("compression", ["uncompressed", "estargz", "zstd"])
+def test_an_estargz_layer_that_others_have_recompressed(compression: str, peer: Path, scratch: Path) -> None:
+    """Podman and docker inflate a layer and compress all of it: a table of contents without a footer is any other bytes."""
+    stream = gzip.decompress(compressed_elsewhere(everything() + END, "estargz", peer, scratch))
+    write_layout(scratch / "source", one_layer(gzip.compress(stream), "gzip"), "v1")
+    done = convert(f"oci:{scratch}/source:v1", f"oci:{scratch}/there:v1", compression=compression)
+    check_layer(scratch / "there", read_json(scratch / "there", done.descriptor.digest), compression, peer)
+    back = convert(f"oci:{scratch}/there:v1", f"oci:{scratch}/back:v1", compression="uncompressed")
+    assert back.images[0].layers[0].descriptor.digest == sha256(stream)
 
 
 def test_threads_and_memory_do_not_show(scratch: Path) -> None:
@@ -474,8 +485,8 @@ def test_with_a_cache_a_lost_upload_is_read_again(
 ) -> None:
     write_layout(scratch / "source", image(), "v1")
     builds: list[object] = []
-    original = moving.NewLayer.build
-    monkeypatch.setattr(moving.NewLayer, "build", lambda self, *a, **k: builds.append(self) or original(self, *a, **k))
+    original = moving.build_from
+    monkeypatch.setattr(moving, "build_from", lambda stream, *a: builds.append(stream) or original(stream, *a))
     with VariantStore(scratch / "cache") as cache:
         losing(1)
         convert(f"oci:{scratch}/source:v1", f"oci:{scratch}/there:v1", compression="estargz", cache=cache)

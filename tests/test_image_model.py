@@ -6,8 +6,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-import images
 import pytest
+import sample_images as images
 
 from estargz.errors import ImageError
 from estargz.image import model

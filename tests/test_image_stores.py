@@ -17,11 +17,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import images
 import pytest
+import sample_images as images
 from conftest import IS_ROOT, missing
-from images import Image
 from reference.tar_headers import pax
+from sample_images import Image
 from tars import END, base256, entry, nothing_leaks, sha256
 
 from estargz.errors import EstargzError, ImageError, SinkError, SourceError, UsageError, VerificationError

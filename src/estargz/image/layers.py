@@ -17,7 +17,16 @@ from estargz.reading.footer import FOOTER_MAX, read_footer
 from estargz.writing.building import build
 from estargz.writing.source import PathLike, Readable
 
-__all__ = ["LayerForm", "MovedLayer", "NewLayer", "StoredLayer", "descriptor_of", "layer_kind", "public_annotations"]
+__all__ = [
+    "LayerForm",
+    "LayerKind",
+    "MovedLayer",
+    "NewLayer",
+    "StoredLayer",
+    "descriptor_of",
+    "layer_kind",
+    "public_annotations",
+]
 
 # what is not for manifests: containerd's and BuildKit's own notes about blobs
 _PRIVATE = (UNCOMPRESSED_DIGEST, "buildkit/createdat")
@@ -54,9 +63,9 @@ class LayerForm:
             "min_chunk_size": self.min_chunk_size,
         }
 
-    def changes(self, kind: str) -> bool:
+    def changes(self, kind: LayerKind) -> bool:
         """Whether a layer of this kind becomes another one. As for BuildKit, an eStargz layer is none of plain gzip."""
-        return self.compression is not None and self.compression != kind
+        return self.compression is not None and self.compression != kind.compression
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,29 +165,41 @@ class _Ranges:
         return self._layer.source.read_at(self._layer.descriptor, offset, size)
 
 
-def layer_kind(layer: StoredLayer) -> tuple[str, str | None]:
-    """``uncompressed``, ``gzip``, ``zstd`` or ``estargz``, and the digest of the table of contents of the last.
+@dataclass(frozen=True, slots=True)
+class LayerKind:
+    """What a stored layer is."""
 
-    A gzip layer is an eStargz one when its end leads to a table of contents that can be read, and that has the digest its
-    descriptor states, if it states one. Only the blob's end is fetched.
+    compression: str
+    """``uncompressed``, ``gzip``, ``zstd`` or ``estargz``."""
+    toc_digest: str | None = None
+    """Of an eStargz layer's table of contents."""
+    toc_offset: int | None = None
+    """Where that begins in the blob, in bytes; None: nobody has looked, as the source has no ranges."""
+
+
+def layer_kind(layer: StoredLayer) -> LayerKind:
+    """What a layer is, by its type and, if that is gzip, by its end, which alone is fetched.
+
+    It is an eStargz layer when the end leads to a table of contents that can be read, and that has the digest its descriptor
+    states, if it states one.
     """
-    kind = layer_compression(layer.descriptor.media_type)
-    if kind != "gzip":
-        return kind, None
+    compression = layer_compression(layer.descriptor.media_type)
+    if compression != "gzip":
+        return LayerKind(compression)
     stated = layer.descriptor.annotations.get(TOC_DIGEST)
     try:
         if not _has_footer(layer):
-            return "gzip", None
+            return LayerKind("gzip")
         from estargz.reading import blob as blobs
 
         with blobs.open(_Ranges(layer), toc_digest=stated) as opened:
-            return "estargz", opened.toc_digest
+            return LayerKind("estargz", opened.toc_digest, opened.toc_offset)
     except (RangeError, RegistryError) as error:
         if error.status != 200:
             raise
-        return ("estargz", stated) if stated else ("gzip", None)  # a server without ranges: its word must do
+        return LayerKind("estargz", stated) if stated else LayerKind("gzip")  # its word must do
     except (BlobError, UsageError):  # a footer by chance, or an annotation of something else
-        return "gzip", None
+        return LayerKind("gzip")
 
 
 def _has_footer(layer: StoredLayer) -> bool:

@@ -18,6 +18,7 @@ from estargz.errors import EstargzError, UploadBrokenError, VerificationError
 from estargz.image.lanes import Job, run
 from estargz.image.layers import (
     LayerForm,
+    LayerKind,
     MovedLayer,
     NewLayer,
     StoredLayer,
@@ -125,10 +126,10 @@ class LayerMover:
         media_type = layer.descriptor.media_type
         if layer.keep or not is_layer(media_type) or is_foreign_layer(media_type) or self._form.compression is None:
             return self._copied(layer, watch)
-        kind, toc_digest = layer_kind(layer)
+        kind = layer_kind(layer)
         if self._form.changes(kind):
             return self._converted(layer, kind, watch)
-        return self._copied(layer, watch, toc_digest)
+        return self._copied(layer, watch, kind.toc_digest)
 
     def _copied(self, layer: StoredLayer, watch: _Watch, toc_digest: str | None = None) -> MovedLayer:
         descriptor = layer.descriptor
@@ -143,7 +144,7 @@ class LayerMover:
             self._target.put(descriptor, lambda: _WatchedReader(layer.source.open(descriptor), watch))
         return moved
 
-    def _converted(self, layer: StoredLayer, kind: str, watch: _Watch) -> MovedLayer:
+    def _converted(self, layer: StoredLayer, kind: LayerKind, watch: _Watch) -> MovedLayer:
         watch.begin("convert", None)
 
         def make(dest: Any) -> Layer:
@@ -158,7 +159,7 @@ class LayerMover:
         key = None
         if self._cache is not None:
             # What a gzip layer with a table of contents was made from is known only when it was inflated once.
-            tar = self._cache.tar_of(layer.descriptor.digest) or (layer.diff_id if kind != "estargz" else None)
+            tar = self._cache.tar_of(layer.descriptor.digest) or _stated_tar(layer, kind)
             key = None if tar is None else self._key(tar)
         made, reused = self._make(make, key, watch)
         if self._cache is not None:
@@ -258,12 +259,31 @@ class LayerMover:
             self._target.put(descriptor, lambda: cache.open(descriptor))
 
 
-def _tar_in(reader: BlobReader, layer: StoredLayer, kind: str, pool: Pool) -> TarSource:
-    """What a builder reads a layer's tar from: of an eStargz layer, without its table of contents."""
+def _tar_in(reader: BlobReader, layer: StoredLayer, kind: LayerKind, pool: Pool) -> TarSource:
+    """What a builder reads a layer's tar from: of an eStargz layer, what comes before its table of contents."""
     name = f"{reader.name}: {layer.descriptor.digest}"
+    knows_end = kind.toc_offset is not None
     return TarSource(
-        reader, name, owned=False, priority=None, threads=pool.threads, crew=pool.crew, is_blob=kind == "estargz"
+        reader if kind.toc_offset is None else _Beginning(reader, kind.toc_offset),
+        name,
+        owned=False,
+        priority=None,
+        threads=pool.threads,
+        crew=pool.crew,
+        is_blob=kind.compression == "estargz" and not knows_end,
     )
+
+
+class _Beginning:
+    """The first bytes of a reader."""
+
+    def __init__(self, reader: BlobReader, size: int) -> None:
+        self._reader, self._left = reader, size
+
+    def read(self, size: int, /) -> bytes:
+        data = self._reader.read(min(size, self._left)) if self._left else b""
+        self._left -= len(data)
+        return data
 
 
 def _identity(layer: StoredLayer | NewLayer) -> object:
@@ -275,9 +295,13 @@ def _name(layer: StoredLayer | NewLayer) -> str:
     return layer.descriptor.digest if isinstance(layer, StoredLayer) else layer.name
 
 
-def _check_diff_id(layer: StoredLayer, kind: str, made: Layer) -> None:
-    """What the image's configuration says of the layer, where it speaks of the same stream."""
-    if kind != "estargz" and layer.diff_id is not None and made.tar_digest != layer.diff_id:
+def _stated_tar(layer: StoredLayer, kind: LayerKind) -> str | None:
+    """The digest of a layer's tar as the image's configuration states it: its DiffID, unless that is of more than the tar."""
+    return None if kind.compression == "estargz" else layer.diff_id
+
+
+def _check_diff_id(layer: StoredLayer, kind: LayerKind, made: Layer) -> None:
+    if _stated_tar(layer, kind) not in (None, made.tar_digest):
         raise VerificationError(
             f"{layer.source.name}: layer {layer.descriptor.digest} has the DiffID {made.tar_digest}, and its configuration "
             f"says {layer.diff_id}; the image is damaged, build it again"
