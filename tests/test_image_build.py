@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import tarfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from estargz.cli import main
 from estargz.errors import UploadBrokenError, UsageError
 from estargz.image.export import Exported
 from estargz.image.image import Image
+from estargz.image.moving import LANES, Event, share_memory
 from estargz.image.variants import VariantStore
+from estargz.writing.pool import Pool
 
 
 def tree(folder: Path, files: dict[str, bytes]) -> Path:
@@ -227,6 +230,36 @@ def test_the_cache_knows_trees_and_tars(scratch: Path) -> None:
         assert [layer.action for layer in without.layers] == ["built"]
 
 
+class Slow:
+    """A tar that takes its time to come."""
+
+    def __init__(self, tar: bytes, released: threading.Event) -> None:
+        self._tar, self._released = io.BytesIO(tar), released
+
+    def read(self, size: int, /) -> bytes:
+        if self._tar.tell() > 0:
+            assert self._released.wait(60)
+        return self._tar.read(min(size, 512))
+
+
+def test_small_layers_do_not_wait_for_large_ones(scratch: Path) -> None:
+    """All of them come first in the list, and no more threads compute than one."""
+    released = threading.Event()
+    finished: list[str] = []
+
+    def report(event: Event) -> None:
+        if event.finished:
+            finished.append(event.name)
+            if len(finished) == 3:
+                released.set()
+
+    made = Image.new("linux/amd64").append(Slow(tar_of(FILES[1]), released))
+    for name in ("one", "two", "three"):
+        made = made.append(tree(scratch / name, {name: b"1" * 100_000}))
+    exported(made, scratch / "out", ",compression=estargz", pool=Pool(1), report=report)
+    assert {Path(name).name for name in finished[:3]} == {"one", "two", "three"}
+
+
 def test_what_is_read_once_cannot_be_built_again(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from estargz.image.layout import FolderUpload, Layout
 
@@ -397,3 +430,11 @@ def test_an_archive_on_standard_output(scratch: Path) -> None:
     (scratch / "image.tar").write_bytes(done.stdout)
     subprocess.run(["skopeo", "inspect", f"oci-archive:{scratch}/image.tar"], capture_output=True, check=True)
     assert json.loads(done.stderr)["mediaType"] == OCI_TYPES["manifest"]
+
+
+def test_memory_is_for_builders_and_uploads() -> None:
+    pool, chunk_size = share_memory(2, 64 << 20)
+    assert pool.memory + 2 * LANES * chunk_size == 64 << 20
+    pool, chunk_size = share_memory(3)
+    assert pool.threads == 3
+    assert pool.memory + 2 * LANES * chunk_size <= Pool(3).memory

@@ -442,6 +442,18 @@ def test_saved_by_podman_and_converted(
     assert seen(pod.run(pod.pull(name))) == expected(workshop.layers)
 
 
+@pytest.mark.parametrize("compression", [form.compression for form in OCI])
+def test_recompressed_by_podman_and_converted(
+    workshop: Workshop, pod: Podman, store: Registry, tmp_path: Path, compression: str
+) -> None:
+    """Podman keeps layers inflated, and compresses an eStargz layer again with its table of contents behind the tar's end."""
+    image = pod.pull(workshop.reference(Form("estargz"), "oci"))
+    pod("save", "--format=oci-archive", f"--output={tmp_path}/saved", image)
+    name = f"docker://{store.host}/recompressed:{compression}"
+    convert(f"oci-archive:{tmp_path}/saved", name, compression=compression)
+    assert seen(pod.run(pod.pull(name))) == expected(workshop.layers)
+
+
 @pytest.mark.parametrize("transport", ("docker-archive", "oci-archive"))
 def test_exported_by_containerd_and_converted(
     workshop: Workshop, daemon: Containerd, pod: Podman, store: Registry, tmp_path: Path, transport: str

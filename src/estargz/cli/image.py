@@ -15,9 +15,9 @@ from estargz.cli.convert import described, open_cache, shared_options
 from estargz.cli.progress import layer_progress
 from estargz.errors import UsageError
 from estargz.image.image import Image
+from estargz.image.moving import share_memory
 from estargz.image.output import Output
 from estargz.registry.client import Registries
-from estargz.writing.pool import Pool
 
 _LAYER_KEYS = ("lower", "overlay-lower", "prefetch", "record-in", "created-by")
 _LAYER_FLAGS = ("allow-missing", "no-landmark")
@@ -81,11 +81,12 @@ def build(
     they are, unless --output has force-compression=true. SOURCE_DATE_EPOCH in the environment bounds all times.
     """
     wanted = Output.parse(output)
+    pool, chunk_size = share_memory(threads, memory)
     with (
         terminated_cleanly(),
         layer_progress(progress) as report,
         open_cache(reuse, cache) as store,
-        Registries(insecure=insecure, ca_file=ca_file) as registries,
+        Registries(insecure=insecure, ca_file=ca_file, chunk_size=chunk_size) as registries,
         _begin(base, platform, registries) as image,
     ):
         for layer in layers:
@@ -99,7 +100,7 @@ def build(
             volumes=volumes or None,
             **settings,
         )
-        done = image.export(wanted, cache=store, pool=Pool(threads, memory), report=report)
+        done = image.export(wanted, cache=store, pool=pool, report=report)
     warn_of(done.missing)
     document = {} if done.descriptor is None else done.descriptor.document()
     result = {**document, "names": list(done.names), "layers": described(done.layers)}

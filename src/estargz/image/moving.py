@@ -30,12 +30,13 @@ from estargz.image.store import BlobReader, BlobUpload, ImageTarget
 from estargz.image.variants import VariantKey, VariantStore
 from estargz.layer import TOC_DIGEST, Layer
 from estargz.options import Options
+from estargz.registry.upload import CHUNK_SIZE
 from estargz.writing.building import build_from
 from estargz.writing.pool import Pool
 from estargz.writing.sink import DescriptorSink
 from estargz.writing.source import TarSource
 
-__all__ = ["LANES", "Event", "LayerMover", "Report"]
+__all__ = ["LANES", "Event", "LayerMover", "Report", "share_memory"]
 
 LANES = 8
 """Layers under way at once. Their computing is shared out by the pool, so more of them only wait better."""
@@ -46,6 +47,7 @@ MAX_RESTARTS = 30
 _MAX_FRUITLESS = 4  # restarts in a row that got nowhere
 _FRUITLESS_SIZE = 1 << 20
 _PIECE = 1 << 20
+_LEAST_CHUNK = 1 << 20  # of an upload; less makes more round trips than bytes
 _EVENT_SECONDS = 0.1
 
 
@@ -68,6 +70,17 @@ class Event:
 
 Report = Callable[[Event], object]
 """Is given events by several threads at once, at most ten a second and layer."""
+
+
+def share_memory(threads: int | None = None, memory: int | None = None) -> tuple[Pool, int]:
+    """A pool, and how many bytes of a layer a registry is to be sent at once, so that both together keep to a budget.
+
+    threads: as of Pool; memory: bytes, None for a default by threads. Half of it is for layers in the making; the other half is
+    what all lanes together may keep of their uploads, two chunks each. Raises UsageError.
+    """
+    whole = Pool(threads, memory)
+    chunk_size = whole.memory // 2 // (2 * LANES)
+    return Pool(whole.threads, max(whole.memory // 2, 1)), min(max(chunk_size, _LEAST_CHUNK), CHUNK_SIZE)
 
 
 class LayerMover:
