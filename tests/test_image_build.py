@@ -6,15 +6,18 @@ import gzip
 import io
 import json
 import os
+import random
 import subprocess
 import tarfile
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sample_images as images
+from faulty_registry import Pauses, cutting_proxy
 from registry import registry
 from sample_images import FILES, OCI_TYPES, image, several_platforms, sha256, tar_of, write_layout
 from test_image_convert import TOC_DIGEST, inflated, read_blob, read_json
@@ -25,7 +28,10 @@ from estargz.image.export import Exported
 from estargz.image.image import Image
 from estargz.image.moving import LANES, Event, share_memory
 from estargz.image.variants import VariantStore
+from estargz.registry.client import Registries
 from estargz.writing.pool import Pool
+
+MIB = 1 << 20
 
 
 def tree(folder: Path, files: dict[str, bytes]) -> Path:
@@ -330,6 +336,28 @@ def test_a_registry_with_several_names(scratch: Path) -> None:
         assert sorted(tags) == ["1", "latest"]
         assert digest.names == [f"docker://{server.host}/app@{digest.descriptor.digest}"]  # type: ignore[union-attr]
         subprocess.run(["skopeo", "inspect", "--tls-verify=false", *digest.names], capture_output=True, check=True)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_push_through_twenty_drops(cached: bool, scratch: Path) -> None:
+    """Docker's registry cannot go on with an upload: the layer is built again, or read again from the cache."""
+    (scratch / "registry").mkdir()
+    size = (1024 if os.environ.get("ESTARGZ_LONG_TESTS") else 24) * MIB
+    (scratch / "tree").mkdir()
+    with (scratch / "tree/noise").open("wb") as file:
+        for number in range(size // MIB):
+            file.write(random.Random(number).randbytes(MIB))
+    made = Image.new("linux/amd64", registries=Registries(sleep=Pauses(), chunk_size=4 * MIB)).append(scratch / "tree")
+    expected, _, _ = exported(made, scratch / "out", ",compression=estargz")
+    rng = random.Random(5)
+    with registry(scratch / "registry") as server, cutting_proxy(server.host) as proxy, ExitStack() as opened:
+        cache = opened.enter_context(VariantStore(scratch / "cache")) if cached else None
+        proxy.up += [rng.randrange(5 * MIB, size // 2) for _ in range(20)]
+        done = made.export(f"type=image,name={proxy.host}/app:1,push=true,compression=estargz", cache=cache)
+        assert proxy.cut == 20
+        assert done.descriptor == expected.descriptor
+        command = ["skopeo", "copy", "--src-tls-verify=false", f"docker://{server.host}/app:1", f"dir:{scratch}/copy"]
+        subprocess.run(command, capture_output=True, check=True)
 
 
 def test_nothing_to_do_is_an_error(scratch: Path) -> None:
