@@ -8,6 +8,7 @@ import gzip
 import io
 import os
 import random
+import resource
 import subprocess
 import sys
 import threading
@@ -210,6 +211,20 @@ def test_waiting_is_no_work() -> None:
     assert sum(layer.stages["wait"] for layer in made) > sum(works)
 
 
+def test_without_descriptors() -> None:
+    """Threads in the queue for a seat wait for a byte from a pipe, or do without one."""
+    alone = estargz.build(io.BytesIO(TAR), Nothing())
+    pool = Pool(1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        made = side_by_side(*[lambda: estargz.build(io.BytesIO(TAR), Nothing(), pool=pool)] * 4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert made == [alone] * 4
+    assert at_rest(pool)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_small_layer_does_not_wait_for_a_large_one(threads: int) -> None:
     """Measured by what the large one takes in meanwhile: about as much in turns, and what fits into its memory."""
@@ -355,6 +370,19 @@ def test_one_thread_that_fills_several_layers() -> None:
         writer.write(TAR[2000:])
     assert [writer.close() for writer in writers[:2]] == [estargz.build(io.BytesIO(TAR), Nothing())] * 2
     assert at_rest(pool)
+
+
+def test_one_thread_that_fills_as_many_layers_as_there_is_memory_for() -> None:
+    """What the first of them has beyond its share comes back by itself."""
+    pool = Pool(2, 64 * MIB)
+    wanted = estargz.build(io.BytesIO(TAR), Nothing(), level=9)
+    for _ in range(3):
+        writers = [Writer(Nothing(), pool=pool, level=9) for _ in range(3)]
+        for writer in writers:
+            for at in range(0, len(TAR), MIB):
+                writer.write(TAR[at : at + MIB])
+        assert [writer.close() for writer in writers] == [wanted] * 3
+        assert at_rest(pool)
 
 
 def test_a_build_that_waits_for_memory_can_be_given_up() -> None:

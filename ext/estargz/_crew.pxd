@@ -6,7 +6,8 @@ from libc.stdint cimport int64_t, uint8_t
 from estargz._codec cimport compressor
 
 cdef extern from "<pthread.h>" nogil:
-    ctypedef unsigned long pthread_t
+    ctypedef struct pthread_t:
+        pass
     ctypedef struct pthread_mutex_t:
         pass
     ctypedef struct pthread_cond_t:

@@ -241,7 +241,7 @@ cdef int crew_join(crew *c, crew_member *m, int64_t wait_ns) noexcept nogil:
     if not m.waiting:
         m.owner = pthread_self()
         queue(c, m)
-    if not may_join(c, m) and owns(c, m.owner):
+    if owns(c, m.owner) and needed(c, m) > c.memory:
         code = EST_POOL_FULL
     elif not may_join(c, m):
         clock_gettime(CLOCK_REALTIME, &until)
@@ -272,6 +272,21 @@ cdef bint owns(crew *c, pthread_t owner) noexcept nogil:
     while m != NULL and not pthread_equal(m.owner, owner):
         m = m.next
     return m != NULL
+
+
+cdef int64_t needed(crew *c, const crew_member *last) noexcept nogil:
+    """Bytes that builds cannot do without, of those that have joined and those that wait up to `last`. While it is no more
+    than the budget, all of them will get it without that another one ends."""
+    cdef crew_member *m = c.members
+    cdef int64_t bytes = MEMBER_ROOMS * last.room
+    while m != NULL:
+        bytes += MEMBER_ROOMS * m.room
+        m = m.next
+    m = c.first_joining
+    while m != last:
+        bytes += MEMBER_ROOMS * m.room
+        m = m.next
+    return bytes
 
 
 cdef void queue(crew *c, crew_member *m) noexcept nogil:

@@ -6,7 +6,8 @@ from estargz._crew cimport crew
 from estargz._inflate cimport decoder
 
 cdef extern from "<pthread.h>" nogil:
-    ctypedef unsigned long pthread_t
+    ctypedef struct pthread_t:
+        pass
     ctypedef struct pthread_mutex_t:
         pass
     ctypedef struct pthread_cond_t:

@@ -32,8 +32,8 @@ from estargz._crew cimport (
 from estargz._files cimport directory_cache_close, directory_cache_init, open_cached
 from estargz._memory cimport buffer_append, buffer_free
 from estargz._rows cimport (
-    EST_CANCELLED, EST_GREW, EST_NO_MEMORY, EST_OK, EST_OPEN, EST_POOL_FULL, EST_READ, EST_REPLACED, EST_SHRANK, EST_SINK, EST_STAT,
-    EST_WRITE,
+    EST_CANCELLED, EST_GREW, EST_NO_MEMORY, EST_OK, EST_OPEN, EST_POOL_FULL, EST_READ, EST_REPLACED, EST_SHRANK, EST_SINK,
+    EST_STAT, EST_WRITE,
     chunk_row, est_failure, toc_row,
 )
 from estargz._sha256 cimport sha256_finish, sha256_job, sha256_run, sha256_start, sha256_stream
@@ -123,8 +123,8 @@ cdef class Pipeline:
     threads >= 1; producer_helps: the producing thread is one of them; keep_rows: digest chunks and keep the table of
     contents; write: None, a file descriptor, or a callable that takes bytes; output: its name for messages; progress:
     None or a callable that is given the uncompressed bytes written so far, about ten times a second, in the producing
-    thread; members_most: in a batch; crew: None, or what is shared with other pipelines (_crew); parts: None, or the names of PARTS that are done at all, which only measurements
-    want: what comes out is then no layer.
+    thread; members_most: in a batch; crew: None, or what is shared with other pipelines (_crew); parts: None, or the names
+    of PARTS that are done at all, which only measurements want: what comes out is then no layer.
     """
 
     def __cinit__(self, int codec, int level, size_t raw_capacity, int64_t slot_count, int threads,
@@ -253,6 +253,8 @@ cdef class Pipeline:
                 if self.crew == NULL or b.raw != NULL:
                     return b
                 empty = b
+        if empty == NULL:
+            return NULL
         code = crew_lend(self.crew, &self.member, &empty.raw, &empty.out)
         if code == EST_NO_MEMORY:
             self.failure.code = code

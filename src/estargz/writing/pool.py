@@ -13,13 +13,14 @@ DEFAULT_MEMORY = 64 << 20
 class Pool:
     """Threads and memory for builds that several threads of the caller run at once: ``build(..., pool=pool)``.
 
-    However many builds there are, no more than ``threads`` of their threads read, hash, compress or inflate at any time, and
-    the data under way takes no more than ``memory`` bytes. Builds take turns batch by batch, so that a small layer does not
-    wait for a large one to end. A build begins when there is memory for two of its batches (10 MiB each with the options'
-    defaults); until then it waits. It may use more while others do not need it.
+    However many builds there are, no more than ``threads`` of their threads walk, read, hash, compress or inflate at any time,
+    and the data under way takes no more than ``memory`` bytes. Builds take turns of some batches, so that a small layer does
+    not wait for a large one to end. A build begins when there is memory for two of its batches (10 MiB each with the options'
+    defaults); until then it waits, unless its thread has another one unfinished, as a thread that fills two ``Writer``s may:
+    that is a UsageError. It uses more while others do not need it.
 
-    Not counted: who feeds a tar that is not compressed, who writes, what is inflated ahead (2 to 20 MiB a build), and the
-    compressors, of which there are as many as threads (see docs/architecture.md).
+    Not counted: who copies a plain tar into batches, who writes to a pipe or an object, the memory of what is inflated ahead
+    (2 MiB a build, 8 MiB and more with more than four threads), and the compressors, of which there are as many as threads.
 
     Nothing needs to be closed: without builds a pool holds neither threads nor memory.
 
