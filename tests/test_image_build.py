@@ -8,6 +8,7 @@ import json
 import os
 import random
 import subprocess
+import sys
 import tarfile
 import threading
 from collections.abc import Callable
@@ -453,7 +454,7 @@ def test_wrong_usage(arguments: list[str], text: str, run: Callable[..., tuple[i
 
 def test_an_archive_on_standard_output(scratch: Path) -> None:
     source = tree(scratch / "one", {"a": b"1"})
-    command = ["estargz", "image", "build", "--layer", source, "--output", "type=oci,name=x:1"]
+    command = [sys.executable, "-m", "estargz", "image", "build", "--layer", source, "--output", "type=oci,name=x:1"]
     done = subprocess.run(command, capture_output=True, check=True)
     (scratch / "image.tar").write_bytes(done.stdout)
     subprocess.run(["skopeo", "inspect", f"oci-archive:{scratch}/image.tar"], capture_output=True, check=True)
