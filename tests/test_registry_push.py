@@ -312,6 +312,20 @@ def test_what_a_registry_wants_of_chunks(registry: FaultyRegistry, app: Reposito
     assert [seen.headers["content-length"] for seen in registry.requests("PATCH")] == ["150000"] * 3
 
 
+@pytest.mark.parametrize(("room", "chunk"), [(0, 1 << 20), (3 << 20, 3 << 19), (1 << 30, 2 << 20), (None, 2 << 20)])
+def test_room_for_chunks(registry: FaultyRegistry, room: int | None, chunk: int) -> None:
+    """What is filled and what is sent have to find room; what the registry wants has it in any case."""
+    with Registries(chunk_size=2 << 20) as registries:
+        repository = repository_of(registries, registry.host)
+        for least in (0, 2_500_000):
+            registry.least_chunk = least
+            registry.seen.clear()
+            with repository.upload(room) as upload:
+                upload.write(bytes(3 << 20))
+                upload.commit(digest_of(bytes(3 << 20)), 3 << 20)
+            assert registry.requests("PATCH")[0].headers["content-length"] == str(max(chunk, least))
+
+
 def test_the_newest_location_is_used_as_it_is(registry: FaultyRegistry, app: Repository) -> None:
     stream(app)
     states = [seen.raw_query for seen in registry.requests("PATCH|PUT")]

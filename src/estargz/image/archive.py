@@ -258,7 +258,7 @@ class ArchiveTarget:
     def link(self, descriptor: Descriptor, source: object) -> bool:
         return self.has(descriptor)
 
-    def upload(self) -> _SpooledUpload:
+    def upload(self, room: int | None = None) -> _SpooledUpload:
         return _SpooledUpload(self._spool, self._blobs)
 
     def put(self, descriptor: Descriptor, open: Callable[[], BlobReader]) -> None:

@@ -104,8 +104,8 @@ class BlobFolder:
         with self.open_file(descriptor) as file:
             return os.pread(file.fileno(), size, offset)
 
-    def upload(self) -> FolderUpload:
-        """A blob whose digest is not known yet."""
+    def upload(self, room: int | None = None) -> FolderUpload:
+        """A blob whose digest is not known yet. Whatever the room, none of it is kept in memory."""
         return FolderUpload(self)
 
     def link(self, descriptor: Descriptor, source: object) -> bool:

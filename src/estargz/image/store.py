@@ -99,8 +99,9 @@ class ImageTarget(Protocol):
         """Takes a blob over from ``source``, an ImageSource or a cache, without moving its bytes, where that can be done (a
         registry's mount, a hard link); False where it cannot."""
 
-    def upload(self) -> BlobUpload:
-        """A blob whose digest is not known yet."""
+    def upload(self, room: int | None = None) -> BlobUpload:
+        """A blob whose digest is not known yet. ``room``: bytes of it that may be kept in memory meanwhile, if a target
+        keeps any; None: as many as it likes."""
 
     def put(self, descriptor: Descriptor, open: Callable[[], BlobReader]) -> None:
         """A blob that can be read again; does nothing when it is there. Tries again as often as is sensible."""

@@ -208,9 +208,12 @@ class Repository:
                 check_stated_digest(requests, answer, descriptor.digest)
         return answer.status == 201
 
-    def upload(self) -> BlobUpload:
-        """A blob whose digest is known at its end: see estargz.registry.upload.Upload, also for when to begin again."""
-        upload = new_upload(self._requests)
+    def upload(self, room: int | None = None) -> BlobUpload:
+        """A blob whose digest is known at its end: see estargz.registry.upload.Upload, also for when to begin again.
+
+        room:  bytes that its chunks may take in memory; a chunk has a MiB at least, and what the registry wants of one
+        """
+        upload = new_upload(self._requests, room)
         with self._lock:
             self._uploads.add(upload)
         return upload

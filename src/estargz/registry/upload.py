@@ -27,6 +27,7 @@ __all__ = ["Session", "StreamedUpload", "Upload", "new_upload", "put_blob"]
 CHUNK_SIZE = 16 << 20
 """Bytes of a PATCH: few enough to be kept for another attempt, and so many that its round trip does not count."""
 
+_LEAST_CHUNK = 1 << 20  # below which round trips would take most of the time
 _MAX_CHUNK = 128 << 20  # a registry that wants larger ones gets the blob as one stream
 _PIECE = 1 << 20
 _PROGRESS = 1 << 20  # bytes that have to be sent for a failure not to count as fruitless
@@ -268,16 +269,20 @@ def has_blob(requests: Requests, descriptor: Descriptor) -> bool:
 # blobs whose digest is known at their end
 
 
-def new_upload(requests: Requests, *, whole: bool = True) -> Upload:
+def new_upload(requests: Requests, room: int | None = None, *, whole: bool = True) -> Upload:
     """A BlobUpload in chunks; in one stream, where the registry has refused chunks. Raises RegistryError.
 
+    room:   bytes for the chunk that is filled and the one that is sent, which are as large as the settings say without it
     whole:  whether a blob that is no larger than a chunk is to go with the closing request
     """
     requests = requests.apart()
     session = Session.open(requests)
-    chunk_size = max(requests.settings.chunk_size, session.least_chunk)
+    chunk_size = requests.settings.chunk_size
+    if room is not None:
+        chunk_size = min(chunk_size, max(room // 2, _LEAST_CHUNK))
+    chunk_size = max(chunk_size, session.least_chunk)
     if requests.host.takes_chunks is False or chunk_size > _MAX_CHUNK:
-        return StreamedUpload(requests, session, requests.settings.chunk_size, whole)
+        return StreamedUpload(requests, session, chunk_size, whole)
     return Upload(requests, session, chunk_size, whole)
 
 
