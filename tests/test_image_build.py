@@ -7,10 +7,12 @@ import io
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tarfile
 import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,16 +20,17 @@ from typing import Any
 
 import pytest
 import sample_images as images
-from faulty_registry import Pauses, cutting_proxy
+from faulty_registry import Pauses, cutting_proxy, faulty_registry
 from registry import registry
 from sample_images import FILES, OCI_TYPES, image, several_platforms, sha256, tar_of, write_layout
 from test_image_convert import TOC_DIGEST, inflated, read_blob, read_json
 
 from estargz.cli import main
-from estargz.errors import UploadBrokenError, UsageError
+from estargz.errors import ChangedError, ImageError, SourceError, UploadBrokenError, UsageError
 from estargz.image.export import Exported
 from estargz.image.image import Image
-from estargz.image.moving import LANES, Event, share_memory
+from estargz.image.layers import NewLayer
+from estargz.image.progress import Event
 from estargz.image.variants import VariantStore
 from estargz.registry.client import Registries
 from estargz.writing.pool import Pool
@@ -267,6 +270,95 @@ def test_small_layers_do_not_wait_for_large_ones(scratch: Path) -> None:
     assert {Path(name).name for name in finished[:3]} == {"one", "two", "three"}
 
 
+def test_a_tree_that_changes_between_two_looks(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was hashed to be looked up is not what was built: nothing of it must be found later."""
+    source = tree(scratch / "one", {"a": b"one"})
+    original = NewLayer.build
+
+    def build(self: NewLayer, dest: Any, **options: Any) -> Any:
+        tree(scratch / "one", {"a": b"two"})
+        return original(self, dest, **options)
+
+    with VariantStore(scratch / "cache") as cache:
+        monkeypatch.setattr(NewLayer, "build", build)
+        with pytest.raises(ChangedError, match="one: was changed while it was read"):
+            exported(Image.new("linux/amd64").append(source), scratch / "first", ",compression=estargz", cache=cache)
+        monkeypatch.undo()
+        assert cache.usage() == []
+
+
+@pytest.mark.parametrize("kind", ["fifo", "pipe"])
+def test_a_pipe_is_not_waited_for_when_another_layer_fails(kind: str, scratch: Path) -> None:
+    os.mkfifo(scratch / "fifo")
+    reading, writing = os.pipe()
+    with io.FileIO(reading, "rb") as pipe, io.FileIO(writing, "wb"):
+        made = Image.new("linux/amd64").append(scratch / "fifo" if kind == "fifo" else pipe)
+        started = time.monotonic()
+        with pytest.raises(SourceError, match="nowhere"):
+            exported(made.append(scratch / "nowhere"), scratch / "out")
+        assert time.monotonic() - started < 5
+
+
+def test_a_layer_through_a_fifo(scratch: Path) -> None:
+    os.mkfifo(scratch / "fifo")
+    writer = threading.Thread(target=(scratch / "fifo").write_bytes, args=(tar_of(FILES[1]),))
+    writer.start()
+    _, manifest, _ = exported(
+        Image.new("linux/amd64").append(scratch / "fifo"), scratch / "out", ",compression=uncompressed"
+    )
+    writer.join()
+    assert manifest["layers"][0]["digest"] == sha256(tar_of(FILES[1]))
+
+
+def test_a_small_tree_comes_before_eight_pipes(scratch: Path) -> None:
+    """All lanes could be taken by what nobody knows the size of."""
+    made = Image.new("linux/amd64")
+    released = threading.Event()
+    for _ in range(10):
+        made = made.append(Slow(tar_of(FILES[1]), released))
+    made = made.append(tree(scratch / "small", {"a": b"1"}))
+    exported(made, scratch / "out", report=lambda event: event.finished and released.set())
+
+
+def test_a_platform_that_changes_leaves_nothing_behind(scratch: Path) -> None:
+    made = Image.new("linux/arm/v6").config(platform="linux/amd64")
+    config = exported(made, scratch / "out")[2]
+    assert (config["architecture"], "variant" in config) == ("amd64", False)
+
+
+def test_prefetching_needs_an_order(scratch: Path) -> None:
+    made = Image.new("linux/amd64").append(tree(scratch / "one", {"a": b"1"}), prefetch=["a"])
+    with pytest.raises(UsageError, match="only eStargz layers have an order"):
+        exported(made, scratch / "out", ",compression=gzip")
+    done, _, _ = exported(made, scratch / "out", ",compression=estargz")
+    assert done.layers[0].layer.prefetch_size > 0  # type: ignore[union-attr, operator]
+    made.export(f"type=local,dest={scratch}/files")
+
+
+def test_what_nobody_could_read_is_not_written(scratch: Path) -> None:
+    made = Image.new("linux/amd64").config(env={"A": "x" * (5 << 20)})
+    with pytest.raises(ImageError, match="over the limit of 4194304"):
+        exported(made, scratch / "out")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stalled_registry_does_not_hold_an_interrupt_up(number: int, scratch: Path) -> None:
+    source = tree(scratch / "one", {"a": random.Random(1).randbytes(MIB)})
+    with faulty_registry() as server:
+        server.fault(r"^PUT .*/blobs/uploads/", *[lambda exchange: time.sleep(10)] * 9)
+        line = f"type=image,name={server.host}/app:1,push=true"
+        process = subprocess.Popen(
+            [sys.executable, "-m", "estargz", "image", "build", "--layer", source, "--output", line]
+        )
+        deadline = time.monotonic() + 30
+        while not server.requests(r"^PUT ") and time.monotonic() < deadline:
+            time.sleep(0.02)
+        started = time.monotonic()
+        process.send_signal(number)
+        assert process.wait(20) in (130, 143)
+        assert time.monotonic() - started < 5
+
+
 def test_what_is_read_once_cannot_be_built_again(scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from estargz.image.layout import FolderUpload, Layout
 
@@ -274,7 +366,7 @@ def test_what_is_read_once_cannot_be_built_again(scratch: Path, monkeypatch: pyt
         def commit(self, digest: str, size: int) -> None:
             raise UploadBrokenError("the connection was lost")
 
-    monkeypatch.setattr(Layout, "upload", lambda self: Lost(self))
+    monkeypatch.setattr(Layout, "upload", lambda self, room=None: Lost(self))
     made = Image.new("linux/amd64").append(io.BytesIO(tar_of(FILES[0])))
     with pytest.raises(UploadBrokenError, match="can be read once only; use a cache or a file"):
         exported(made, scratch / "out")
@@ -459,11 +551,3 @@ def test_an_archive_on_standard_output(scratch: Path) -> None:
     (scratch / "image.tar").write_bytes(done.stdout)
     subprocess.run(["skopeo", "inspect", f"oci-archive:{scratch}/image.tar"], capture_output=True, check=True)
     assert json.loads(done.stderr)["mediaType"] == OCI_TYPES["manifest"]
-
-
-def test_memory_is_for_builders_and_uploads() -> None:
-    pool, chunk_size = share_memory(2, 64 << 20)
-    assert pool.memory + 2 * LANES * chunk_size == 64 << 20
-    pool, chunk_size = share_memory(3)
-    assert pool.threads == 3
-    assert pool.memory + 2 * LANES * chunk_size <= Pool(3).memory

@@ -21,7 +21,7 @@ from estargz.errors import ImageError, UploadBrokenError, UsageError, Verificati
 from estargz.image import moving
 from estargz.image.convert import Converted, convert
 from estargz.image.layout import FolderUpload, Layout, copy_blob
-from estargz.image.moving import Event
+from estargz.image.progress import Event
 from estargz.image.store import BlobUpload
 from estargz.image.variants import VariantStore
 
@@ -215,11 +215,15 @@ def test_docker_types_stay_where_they_can(scratch: Path) -> None:
     assert {layer["mediaType"] for layer in document["layers"]} == {images.DOCKER_TYPES["uncompressed"]}
 
 
-@pytest.mark.parametrize("compression", ["estargz", "zstd"])
-def test_docker_types_are_refused_with_a_reason(compression: str, scratch: Path) -> None:
+def test_docker_types_are_refused_with_a_reason(scratch: Path) -> None:
     with pytest.raises(UsageError, match="OCI media types: Docker's lose the annotations"):
-        converted(image(docker=True), scratch, compression=compression, oci_types=False)
+        converted(image(docker=True), scratch, compression="estargz", oci_types=False)
     assert not (scratch / "there").exists()
+    with pytest.raises(UsageError, match="is an eStargz layer, which Docker's media types have no annotations for"):
+        converted(image(compression="estargz"), scratch, oci_types=False)
+    assert not (scratch / "there/index.json").exists()
+    _, document, _ = converted(image(docker=True), scratch, compression="zstd", oci_types=False)
+    assert {layer["mediaType"] for layer in document["layers"]} == {f"{images.DOCKER}.image.rootfs.diff.tar.zstd"}
 
 
 @pytest.mark.parametrize("treatment", ["repoint", "keep", "drop"])
@@ -261,6 +265,45 @@ def test_the_subject_of_an_artifact_is_repointed(scratch: Path) -> None:
     _, document, there = converted(with_root(artifact, both), scratch, compression="estargz")
     rewritten = read_json(there, document["manifests"][0]["digest"])
     assert rewritten == {**signature, "subject": {key: document["manifests"][1][key] for key in subject.root}}
+
+
+def test_what_is_about_an_image_by_its_subject_is_dropped_too(scratch: Path) -> None:
+    subject = image()
+    empty = b"{}"
+    about = {
+        "schemaVersion": 2,
+        "mediaType": OCI_TYPES["manifest"],
+        "config": described("application/vnd.oci.empty.v1+json", empty),
+        "layers": [],
+        "subject": subject.root,
+    }
+    artifact = with_root(subject, about, empty)
+    both = {"schemaVersion": 2, "mediaType": OCI_TYPES["index"], "manifests": [subject.root, artifact.root]}
+    _, document, _ = converted(with_root(artifact, both), scratch, compression="zstd", attestations="drop")
+    assert len(document["manifests"]) == 1
+
+
+def test_a_blob_that_is_listed_twice_is_described_twice(scratch: Path) -> None:
+    source = image((images.FILES[0],))
+    manifest = source.document
+    (layer,) = manifest["layers"]
+    manifest["layers"] = [{**layer, "annotations": {"number": str(number)}} for number in range(2)]
+    config = json.loads(source.blobs[manifest["config"]["digest"]])
+    config["rootfs"]["diff_ids"] *= 2
+    text = json.dumps(config).encode()
+    manifest["config"] = described(OCI_TYPES["config"], text)
+    twice = with_root(source, manifest, text)
+    done, _, _ = converted(twice, scratch)
+    assert done.descriptor.digest == twice.root["digest"]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [({"level": 3}, "a level is of a compression"), ({"tags": ["x"]}, "only images of a registry have further tags")],
+)
+def test_options_that_cannot_be_honoured(options: dict[str, Any], text: str, scratch: Path) -> None:
+    with pytest.raises(UsageError, match=text):
+        converted(image(), scratch, **options)
 
 
 def test_layers_of_unknown_types_stay_as_they_are(scratch: Path) -> None:
@@ -344,14 +387,9 @@ def test_embedded_data_is_not_kept_for_other_content(scratch: Path) -> None:
 
 
 def test_a_wrong_diff_id_is_found(scratch: Path) -> None:
-    source = image()
-    manifest = source.document
-    config = json.loads(source.blobs[manifest["config"]["digest"]])
-    config["rootfs"]["diff_ids"][1] = sha256(b"another")
-    text = json.dumps(config).encode()
-    manifest["config"] = described(OCI_TYPES["config"], text)
+    source = restated(image(), 1, sha256(b"another"))
     with pytest.raises(VerificationError, match=f"its configuration says {sha256(b'another')}"):
-        converted(with_root(source, manifest, text), scratch, compression="estargz")
+        converted(source, scratch, compression="estargz")
 
 
 @pytest.mark.parametrize("compression", [None, "estargz", "uncompressed"])
@@ -413,6 +451,35 @@ def test_a_variant_is_made_once(scratch: Path, monkeypatch: pytest.MonkeyPatch) 
     assert stored_digests(scratch / "cache") == blobs
 
 
+def restated(source: images.Image, number: int, diff_id: str) -> images.Image:
+    """An image whose configuration says something else of one of its layers."""
+    manifest = source.document
+    config = json.loads(source.blobs[manifest["config"]["digest"]])
+    config["rootfs"]["diff_ids"][number] = diff_id
+    text = json.dumps(config).encode()
+    manifest["config"] = described(OCI_TYPES["config"], text)
+    return with_root(source, manifest, text)
+
+
+def test_what_an_image_says_of_a_blob_is_not_remembered(scratch: Path) -> None:
+    """An image that says that another's layer holds what its own does gets what it asks for, and the other does not."""
+    evil, victim = image(({"bin/sh": b"evil"},)), image(({"bin/sh": b"good"},))
+    stated = json.loads(evil.blobs[evil.document["config"]["digest"]])["rootfs"]["diff_ids"][0]
+    for name, one in (("evil", evil), ("liar", restated(victim, 0, stated)), ("victim", victim)):
+        write_layout(scratch / name, one, "v1")
+    with VariantStore(scratch / "cache") as cache:
+        for name in ("evil", "liar"):
+            convert(f"oci:{scratch}/{name}:v1", f"oci:{scratch}/{name}-zstd:v1", compression="zstd", cache=cache)
+        done = convert(f"oci:{scratch}/victim:v1", f"oci:{scratch}/there:v1", compression="zstd", cache=cache)
+        (layer,) = done.images[0].layers
+        assert layer.action == "converted"
+        blob = read_blob(scratch / "there", layer.descriptor.digest)
+        assert b"good" in inflated(blob, layer.descriptor.media_type)
+        # And once the blob was seen, nobody is believed who says something else of it.
+        with pytest.raises(VerificationError, match="its configuration says"):
+            convert(f"oci:{scratch}/liar:v1", f"oci:{scratch}/lie:v1", compression="zstd", cache=cache)
+
+
 def test_a_damaged_variant_is_made_anew(scratch: Path) -> None:
     write_layout(scratch / "source", image(), "v1")
     with VariantStore(scratch / "cache") as cache:
@@ -454,7 +521,7 @@ class Losing:
 @pytest.fixture
 def losing(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Makes layouts lose so many uploads."""
-    monkeypatch.setattr(Layout, "upload", lambda self: Losing(FolderUpload(self)))
+    monkeypatch.setattr(Layout, "upload", lambda self, room=None: Losing(FolderUpload(self)))
     monkeypatch.setattr(Layout, "put", lambda self, descriptor, open: copy_blob(descriptor, open, self.upload))
     monkeypatch.setattr(Layout, "remote", True)
 

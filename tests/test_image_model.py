@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import sample_images as images
 
-from estargz.errors import ImageError
+from estargz.errors import ImageError, UsageError
 from estargz.image import model
 from estargz.image.model import Descriptor, ImageConfig, Index, Manifest, Platform, decode, encode, guess_media_type
 
@@ -272,7 +272,7 @@ def test_platforms(text: str, shown: str) -> None:
 
 @pytest.mark.parametrize("text", ("", "linux", "linux/", "a/b/c/d", "linux/a b", "linux/../x"))
 def test_what_is_no_platform(text: str) -> None:
-    with pytest.raises(ImageError, match="no platform"):
+    with pytest.raises(UsageError, match="no platform"):
         Platform.parse(text)
 
 

@@ -10,22 +10,22 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
 from estargz.errors import EstargzError
 
-__all__ = ["main"]
+__all__ = ["main", "silence", "tell"]
 
 # command -> module, help line; the modules are slow to import, so listing the commands does not touch them
 _COMMANDS = {
     "build": ("estargz.cli.build", "Build a layer from a directory, two directories or a tar."),
-    "cache": ("estargz.cli.cache", "Show and prune the cache of converted layers."),
+    "cache": ("estargz.cli.cache", "Show and prune the cache of finished layers."),
     "cat": ("estargz.cli.cat", "Write a file of a blob to standard output, verified."),
     "convert": ("estargz.cli.convert", "Copy an image with its layers in another compression."),
     "extract": ("estargz.cli.extract", "Apply layers to a directory."),
-    "image": ("estargz.cli.image", "Put images together from layers."),
+    "image": ("estargz.cli.image", "Build an image from layers, or show what one is."),
     "info": ("estargz.cli.info", "Show a blob's sizes, digests and counts."),
     "ls": ("estargz.cli.ls", "List the entries of a blob."),
     "record": ("estargz.cli.record", "Run a command and list the files that it opens."),
@@ -79,12 +79,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except click.UsageError as error:
         if error.ctx is not None:
-            click.echo(error.ctx.get_usage(), err=True)
+            tell(error.ctx.get_usage())
         return _complain(error.format_message(), error.exit_code)
     except click.ClickException as error:
         return _complain(error.format_message(), error.exit_code)
     except BrokenPipeError:
-        return _silence()
+        silence(sys.stdout)
+        return 1
     except EstargzError as error:
         return _complain(str(error), error.exit_code)
     except OSError as error:
@@ -101,7 +102,7 @@ def _escape_unencodable(stream: Any) -> None:
 
 
 def _complain(message: str, status: int) -> int:
-    click.echo(f"estargz: error: {message}", err=True)
+    tell(f"estargz: error: {message}")
     return status
 
 
@@ -117,12 +118,19 @@ def _flush_or_drop() -> None:
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError:
-        _silence()
+        silence(sys.stdout)
 
 
-def _silence() -> int:
-    """Whoever read standard output is gone: nothing more can be said there, not even while shutting down."""
+def tell(text: str, *, end: str = "\n") -> None:
+    """Writes to standard error. That nobody can read it there is no reason to give up the work that it tells of."""
+    try:
+        click.echo(text + end, err=True, nl=False)
+    except OSError:
+        silence(sys.stderr)
+
+
+def silence(stream: TextIO) -> None:
+    """Whoever read a standard stream is gone: nothing more can be said there, not even while shutting down."""
     devnull = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(devnull, sys.stdout.fileno())
+    os.dup2(devnull, stream.fileno())
     os.close(devnull)
-    return 1

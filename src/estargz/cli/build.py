@@ -16,7 +16,8 @@ from typing import Any
 
 import click
 
-from estargz.errors import UsageError
+from estargz.cli import silence, tell
+from estargz.errors import SinkError, UsageError
 from estargz.layer import MEDIA_TYPES, Layer
 from estargz.options import DEFAULT_CHUNK_SIZE, DEFAULT_LEVEL, DEFAULT_ZSTD_LEVEL, Progress, parse_size
 from estargz.writing.access_log import AccessLog, read_access_log
@@ -120,31 +121,46 @@ def command(
     shown = layer.descriptor()
     if as_json and layer.prefetch_size is not None:
         shown |= {"prefetchSize": layer.prefetch_size, "missing": layer.missing}
-    click.echo(json.dumps(shown, indent=None if as_json else 2), err=output == "-")
+    show_result(shown, output, in_one_line=as_json, to_stderr=output == "-")
     if not quiet:
         summarise(layer, time.perf_counter() - started)
 
 
 def warn_of(missing: Sequence[str]) -> None:
     for path in missing[:WARNINGS]:
-        click.echo(f"estargz: warning: {path}: is to be prefetched and not in the layer", err=True)
+        tell(f"estargz: warning: {path}: is to be prefetched and not in the layer")
     if len(missing) > WARNINGS:
-        click.echo(f"estargz: warning: and {len(missing) - WARNINGS} more; --json lists them all", err=True)
+        tell(f"estargz: warning: and {len(missing) - WARNINGS} more; --json lists them all")
+
+
+def show_result(result: dict[str, Any], made: str, *, in_one_line: bool, to_stderr: bool = False) -> None:
+    """Prints what a command has made. SinkError when that fails: what was made is there nevertheless."""
+    text = json.dumps(result, indent=None if in_one_line else 2)
+    if to_stderr:
+        tell(text)
+        return
+    try:
+        click.echo(text)
+    except OSError as error:
+        silence(sys.stdout)
+        raise SinkError(
+            f"{made} was written; only its description could not be, to standard output: {error.strerror}"
+        ) from error
 
 
 def recorded(log: str) -> AccessLog:
     """The paths of a log; those that it does not tell are counted aloud."""
     paths = read_access_log(log)
     if paths.unresolved:
-        click.echo(
-            f"estargz: warning: {log}: {paths.unresolved} paths are relative to what the log does not tell", err=True
-        )
+        tell(f"estargz: warning: {log}: {paths.unresolved} paths are relative to what the log does not tell")
     return paths
 
 
 def standard_input() -> io.FileIO:
     # Unbuffered, so that the kernels read from the descriptor themselves.
-    return io.FileIO(descriptor_of(sys.stdin, "input"), "rb", closefd=False)
+    file = io.FileIO(descriptor_of(sys.stdin, "input"), "rb", closefd=False)
+    file.name = "standard input"  # instead of 0, for messages
+    return file
 
 
 def standard_output() -> DescriptorSink:
@@ -205,8 +221,7 @@ def progress_bar(quiet: bool) -> Iterator[Progress | None]:
 
 def summarise(layer: Layer, seconds: float) -> None:
     ahead = f", {layer.prefetch_size / 1e6:.1f} MB of it to be prefetched" if layer.prefetch_size is not None else ""
-    click.echo(
+    tell(
         f"{layer.uncompressed_size / 1e6:.1f} MB -> {layer.size / 1e6:.1f} MB{ahead} in {seconds:.2f} s, "
-        f"{layer.uncompressed_size / 1e6 / seconds:.0f} MB/s",
-        err=True,
+        f"{layer.uncompressed_size / 1e6 / seconds:.0f} MB/s"
     )

@@ -14,12 +14,12 @@ from estargz.cli.progress import MODES, layer_progress
 from estargz.errors import UsageError
 from estargz.image.convert import convert
 from estargz.image.layers import MovedLayer
-from estargz.image.moving import share_memory
 from estargz.image.output import COMPRESSIONS
 from estargz.image.rewriting import ATTESTATIONS
 from estargz.image.variants import VariantStore
 from estargz.options import DEFAULT_CHUNK_SIZE
 from estargz.registry.client import Registries
+from estargz.writing.pool import Pool
 
 __all__ = ["command", "described", "open_cache", "shared_options"]
 
@@ -36,7 +36,12 @@ def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--threads", type=click.IntRange(1), metavar="N", help="For all layers together; default: one a CPU."
         ),
-        click.option("--memory", type=Size(), metavar="N", help="Bytes for all layers together, uploads included."),
+        click.option(
+            "--memory",
+            type=Size(),
+            metavar="N",
+            help="Bytes for layers in the making, all together; uploads take half as much again.",
+        ),
         click.option("--insecure", is_flag=True, help="Registries may speak HTTP or show any certificate."),
         click.option("--ca-file", metavar="PEM", help="Certificates to trust instead of the system's."),
         click.option("--progress", type=click.Choice(MODES), default="auto", help="How to tell of layers.  [auto]"),
@@ -96,12 +101,12 @@ def command(
     """
     if platforms and all_platforms:
         raise UsageError("give either --platform or --all-platforms")
-    pool, chunk_size = share_memory(threads, memory)
+    pool = Pool(threads, memory)
     with (
         terminated_cleanly(),
         layer_progress(progress) as report,
         open_cache(reuse, cache) as store,
-        Registries(insecure=insecure, ca_file=ca_file, chunk_size=chunk_size) as registries,
+        Registries(insecure=insecure, ca_file=ca_file) as registries,
     ):
         done = convert(
             source,

@@ -15,9 +15,9 @@ from estargz.cli.convert import described, open_cache, shared_options
 from estargz.cli.progress import layer_progress
 from estargz.errors import UsageError
 from estargz.image.image import Image
-from estargz.image.moving import share_memory
 from estargz.image.output import Output
 from estargz.registry.client import Registries
+from estargz.writing.pool import Pool
 
 _LAYER_KEYS = ("lower", "overlay-lower", "prefetch", "record-in", "created-by")
 _LAYER_FLAGS = ("allow-missing", "no-landmark")
@@ -81,12 +81,12 @@ def build(
     they are, unless --output has force-compression=true. SOURCE_DATE_EPOCH in the environment bounds all times.
     """
     wanted = Output.parse(output)
-    pool, chunk_size = share_memory(threads, memory)
+    pool = Pool(threads, memory)
     with (
         terminated_cleanly(),
         layer_progress(progress) as report,
         open_cache(reuse, cache) as store,
-        Registries(insecure=insecure, ca_file=ca_file, chunk_size=chunk_size) as registries,
+        Registries(insecure=insecure, ca_file=ca_file) as registries,
         _begin(base, platform, registries) as image,
     ):
         for layer in layers:

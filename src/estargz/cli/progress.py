@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from estargz.image.moving import Event, Report
+from estargz.image.progress import Event, Report
 
 __all__ = ["MODES", "layer_progress"]
 

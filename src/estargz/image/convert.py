@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from estargz.errors import UsageError
 from estargz.image.layers import LayerForm
 from estargz.image.model import Descriptor, Platform
-from estargz.image.moving import LayerMover, Report
+from estargz.image.moving import LayerMover
+from estargz.image.progress import Report
 from estargz.image.reference import Reference
 from estargz.image.rewriting import ATTESTATIONS, RewrittenImage, TreeWriter
 from estargz.image.store import open_source, open_target
@@ -68,8 +69,9 @@ def convert(
         force: unless this is set.
         platforms: those to take, as ``linux/arm64``; None for all. A single one gives its manifest alone, without an index.
         attestations: one of ATTESTATIONS. Their contents are never changed.
-        oci_types: True turns Docker's media types into OCI's; None does so where eStargz or zstd is wanted, because
-            Docker's types drop the annotations that verification of a table of contents needs, or do not know zstd.
+        oci_types: True turns Docker's media types into OCI's, False the other way round; None turns them into OCI's where
+            eStargz or zstd is wanted. Docker's drop the annotations that verification of a table of contents needs, so eStargz
+            layers and False are an error.
         tags: what the result is called in a registry besides, in the same repository.
         cache: finds finished layers, and keeps them; None: nothing is kept on this machine.
         pool: threads and memory for all layers; None: a new one for this call.
@@ -85,10 +87,12 @@ def convert(
         RegistryError, SinkError: something cannot be fetched or written.
     """
     form = LayerForm(compression, level, chunk_size, min_chunk_size)
+    if compression is None and level is not None:
+        raise UsageError("a level is of a compression; choose one")
     family = _family(compression, oci_types)
     if attestations not in ATTESTATIONS:
         raise UsageError(f"attestations are to {attestations!r}: choose {', '.join(ATTESTATIONS)}")
-    wanted = None if platforms is None else [_platform(platform) for platform in platforms]
+    wanted = None if platforms is None else [Platform.parse(platform) for platform in platforms]
     with ExitStack() as opened:
         if registries is None:
             registries = opened.enter_context(_fresh_registries())
@@ -96,6 +100,8 @@ def convert(
         opened.callback(origin.close)
         tree = read_tree(origin, wanted)
         to = _reference(dest)
+        if tags and to.transport != "docker":
+            raise UsageError(f"{to}: only images of a registry have further tags")
         if to.transport == "docker-archive" and len(images_of(tree)) != 1:
             raise UsageError(f"{to}: an archive of docker's has no index, and one platform's image; choose a platform")
         kept = [] if base is None or force else _layers_of_base(_reference(base), registries)
@@ -114,10 +120,6 @@ def _reference(given: str | Reference) -> Reference:
     return given if isinstance(given, Reference) else Reference.parse(given)
 
 
-def _platform(given: str | Platform) -> Platform:
-    return given if isinstance(given, Platform) else Platform.parse(given)
-
-
 def _fresh_registries() -> Registries:
     from estargz.registry.client import Registries
 
@@ -126,13 +128,12 @@ def _fresh_registries() -> Registries:
 
 def _family(compression: str | None, oci_types: bool | None) -> bool | None:
     """Whether media types become OCI's; None: they stay of their family."""
-    needs = compression in ("estargz", "zstd")
-    if needs and oci_types is False:
+    if compression == "estargz" and oci_types is False:
         raise UsageError(
-            f"{compression} needs OCI media types: Docker's lose the annotations of layers, by which the table of contents "
-            "is verified, and have no zstd; leave oci-mediatypes away"
+            "estargz needs OCI media types: Docker's lose the annotations of layers, by which the table of contents is "
+            "verified; leave Docker's out"
         )
-    return True if needs else oci_types
+    return True if oci_types is None and compression in ("estargz", "zstd") else oci_types
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from estargz.errors import UsageError
+from estargz.errors import ImageError, UsageError
 from estargz.image.layers import LayerForm, MovedLayer, NewLayer, StoredLayer
 from estargz.image.model import (
     DOCKER_CONFIG,
@@ -21,9 +21,11 @@ from estargz.image.model import (
     Descriptor,
     ImageConfig,
     encode,
+    is_foreign_layer,
 )
-from estargz.image.moving import LayerMover, Report
+from estargz.image.moving import LayerMover
 from estargz.image.output import Output
+from estargz.image.progress import Report
 from estargz.image.reference import Reference
 from estargz.image.rewriting import TreeWriter, in_family
 from estargz.image.store import ImageTarget, open_source, open_target, put_bytes
@@ -97,7 +99,11 @@ class _Work:
         with ExitStack() as opened:
             places = [(opened.enter_context(_closing(place.target)), place) for place in self._places()]
             (first, place), *others = places
-            moved = self._mover(first, self._form()).move(self._layers())
+            docker = not self.output.oci_mediatypes
+            moved = [
+                replace(layer, descriptor=in_family(layer.descriptor, docker=docker))
+                for layer in self._mover(first, self._form()).move(self._layers())
+            ]
             root, data = self._documents(first, moved)
             self._name(first, place, root, data)
             for target, place in others:
@@ -190,7 +196,7 @@ class _Work:
             "schemaVersion": 2,
             "mediaType": manifest_type,
             "config": config.document(),
-            "layers": [in_family(layer.descriptor, docker=docker).document() for layer in moved],
+            "layers": [layer.descriptor.document() for layer in moved],
         }
         if annotations := self._annotations("manifest"):
             manifest["annotations"] = annotations
@@ -239,7 +245,7 @@ class _Work:
         """The layers as files that are gone afterwards; new ones are not compressed."""
         with _scratch() as directory, _closing(open_target(Reference("oci", path=directory))) as target:
             form = LayerForm("uncompressed")
-            layers = [replace(one, keep=True) if isinstance(one, StoredLayer) else one for one in self._layers()]
+            layers = [_for_files(layer) for layer in self._layers()]
             moved = LayerMover(target, form, pool=self.pool, report=self.report).move(layers)
             yield moved, tuple(_path_of_blob(directory, layer.descriptor) for layer in moved)
 
@@ -262,6 +268,17 @@ class _Place:
 
 _STDOUT = "-"
 _ANY_DIGEST = "sha256:" + 64 * "0"
+
+
+def _for_files(layer: StoredLayer | NewLayer) -> StoredLayer | NewLayer:
+    """A layer of which the files alone are wanted: their order in it does not matter."""
+    if isinstance(layer, NewLayer):
+        return replace(layer, prefetch=())
+    if is_foreign_layer(layer.descriptor.media_type):
+        raise ImageError(
+            f"{layer.source.name}: layer {layer.descriptor.digest} is kept elsewhere; copy the image with it"
+        )
+    return replace(layer, keep=True)
 
 
 def _missing(moved: Sequence[MovedLayer]) -> list[str]:

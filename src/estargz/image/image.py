@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from estargz.errors import ImageError, UsageError
+from estargz.errors import UsageError
 from estargz.image.layers import NewLayer, StoredLayer
 from estargz.image.model import ImageConfig, Platform
 from estargz.image.reference import Reference
@@ -17,8 +17,8 @@ from estargz.writing.source import PathLike, Readable
 
 if TYPE_CHECKING:
     from estargz.image.export import Exported
-    from estargz.image.moving import Report
     from estargz.image.output import Output
+    from estargz.image.progress import Report
     from estargz.image.variants import VariantStore
     from estargz.registry.client import Registries
     from estargz.writing.pool import Pool
@@ -43,6 +43,7 @@ class Image:
     registries: Registries = field(repr=False)
     """Connections and credentials."""
     _source: ImageSource | None = field(default=None, repr=False)
+    _owned: Registries | None = field(default=None, repr=False)  # closed with the image
 
     @classmethod
     def open(
@@ -60,20 +61,23 @@ class Image:
 
         Raises UsageError, ImageError, RegistryError.
         """
-        registries = registries or _fresh_registries()
+        registries, own = _registries(registries)
         source = open_source(reference if isinstance(reference, Reference) else Reference.parse(reference), registries)
         try:
-            image = read_image(source, None if platform is None else _platform(platform))
-            return cls(image.layers(source), (), image.config, registries, source)
+            image = read_image(source, None if platform is None else Platform.parse(platform))
+            return cls(image.layers(source), (), image.config, registries, source, own)
         except BaseException:
             source.close()
+            if own is not None:
+                own.close()
             raise
 
     @classmethod
     def new(cls, platform: str | Platform | None = None, *, registries: Registries | None = None) -> Self:
         """Begins with nothing. platform: None: this machine's."""
-        chosen = Platform.host() if platform is None else _platform(platform)
-        return cls((), (), ImageConfig.new(chosen), registries or _fresh_registries())
+        chosen = Platform.host() if platform is None else Platform.parse(platform)
+        registries, own = _registries(registries)
+        return cls((), (), ImageConfig.new(chosen), registries, None, own)
 
     def append(
         self,
@@ -87,7 +91,7 @@ class Image:
         created_by: str = "estargz",
     ) -> Self:
         """With one more layer on top. The arguments are those of ``estargz.build``, which is run when the image is exported;
-        ``prefetch`` has an effect on eStargz layers only. created_by: for the image's history.
+        ``prefetch`` is for images that are exported with compression=estargz. created_by: for the image's history.
         """
         layer = NewLayer(
             source,
@@ -140,7 +144,7 @@ class Image:
             run["Volumes"] = {**(run.get("Volumes") or {}), **{volume: {} for volume in volumes}}
         settings = replace(self.settings, raw={**self.settings.raw, "config": run})
         if platform is not None:
-            settings = replace(settings, platform=_platform(platform))
+            settings = replace(settings, platform=Platform.parse(platform))
         return replace(self, settings=settings)
 
     def export(
@@ -172,6 +176,8 @@ class Image:
         """Frees what the base is read from. Images made of this one cannot be exported any more."""
         if self._source is not None:
             self._source.close()
+        if self._owned is not None:
+            self._owned.close()
 
     def __enter__(self) -> Self:
         return self
@@ -182,17 +188,14 @@ class Image:
         self.close()
 
 
-def _platform(given: str | Platform) -> Platform:
-    try:
-        return given if isinstance(given, Platform) else Platform.parse(given)
-    except ImageError as error:
-        raise UsageError(str(error)) from None
-
-
-def _fresh_registries() -> Registries:
+def _registries(given: Registries | None) -> tuple[Registries, Registries | None]:
+    """Those that are given, or new ones, which are then the image's own."""
+    if given is not None:
+        return given, None
     from estargz.registry.client import Registries
 
-    return Registries()
+    own = Registries()
+    return own, own
 
 
 def _words(given: Sequence[str], name: str) -> list[str]:

@@ -30,11 +30,12 @@ class Job(Generic[T]):
     work: Callable[[Callable[[], None]], T]
 
 
-def run(jobs: Sequence[Job[T]], lanes: int) -> list[T]:
+def run(jobs: Sequence[Job[T]], lanes: int, *, abandon: Callable[[], object]) -> list[T]:
     """What the jobs return, in their order.
 
-    When one fails, or the caller is interrupted, those that have not begun never do, and the others are waited for. Of
-    several failures the one is raised whose job comes first.
+    When one fails, or the caller is interrupted, those that have not begun never do, ``abandon`` is called, which is to wake
+    those that wait for something far away, and all are waited for. Of several failures the one is raised whose job comes
+    first; what fails afterwards does so because it was abandoned.
     """
     stop = threading.Event()
 
@@ -48,25 +49,19 @@ def run(jobs: Sequence[Job[T]], lanes: int) -> list[T]:
             for number in sorted(range(len(jobs)), key=lambda number: jobs[number].size):
                 futures[number] = executor.submit(jobs[number].work, check)
             wait(futures.values(), return_when=FIRST_EXCEPTION)
-            if any(failed(future) for future in futures.values()):
-                raise AbandonedError
-        except BaseException as error:
+            for number in range(len(jobs)):
+                if (error := failure(futures[number])) is not None:
+                    raise error
+        except BaseException:
             stop.set()
             for future in futures.values():
                 future.cancel()
+            abandon()
             wait(futures.values())
-            if isinstance(error, AbandonedError):
-                raise first_failure([futures[number] for number in range(len(jobs))]) from None
             raise
     return [futures[number].result() for number in range(len(jobs))]
 
 
-def failed(future: Future[T]) -> bool:
-    return future.done() and not future.cancelled() and future.exception() is not None
-
-
-def first_failure(futures: Sequence[Future[T]]) -> BaseException:
-    """The failure that others did not cause."""
-    errors = [future.exception() for future in futures if failed(future)]
-    own = [error for error in errors if error is not None and not isinstance(error, AbandonedError)]
-    return own[0] if own else AbandonedError("given up")
+def failure(future: Future[T]) -> BaseException | None:
+    """Why a job has failed, if it has already."""
+    return future.exception() if future.done() and not future.cancelled() else None

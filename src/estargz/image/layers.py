@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import select
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
-from estargz.errors import BlobError, RangeError, RegistryError, UsageError
+from estargz.errors import BlobError, RangeError, RegistryError, SourceError, UsageError
 from estargz.image.model import Descriptor, layer_compression, layer_media_type
 from estargz.image.store import ImageSource
 from estargz.layer import TOC_DIGEST, UNCOMPRESSED_DIGEST, Layer
 from estargz.options import DEFAULT_CHUNK_SIZE, Options
 from estargz.reading.footer import FOOTER_MAX, read_footer
-from estargz.writing.building import build
+from estargz.writing.building import build, tar_digest
 from estargz.writing.source import PathLike, Readable
 
 __all__ = [
@@ -31,6 +35,9 @@ __all__ = [
 # what is not for manifests: containerd's and BuildKit's own notes about blobs
 _PRIVATE = (UNCOMPRESSED_DIGEST, "buildkit/createdat")
 _PRIVATE_PREFIX = "containerd.io/distribution.source."
+
+_SMALL_TREE = 4096  # entries
+_LISTEN_MS = 100
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -102,38 +109,84 @@ class NewLayer:
         return str(named)
 
     @property
-    def is_tree(self) -> bool:
-        """Whether it is made of directories, and not of a tar."""
-        if self.lower is not None or self.overlay_lower is not None:
-            return True
-        return isinstance(self.source, str | os.PathLike) and os.path.isdir(self.source)
-
-    @property
     def repeatable(self) -> bool:
         """Whether it can be read more than once."""
         return isinstance(self.source, str | os.PathLike) and not _is_stream(self.source)
 
     def size_hint(self) -> float:
-        """Bytes of the source; infinite where nobody knows before it was read."""
-        if isinstance(self.source, str | os.PathLike) and os.path.isfile(self.source):
-            return os.path.getsize(self.source)
-        return math.inf
+        """Bytes of the source; infinite where that takes long to find out, or cannot be known."""
+        if not isinstance(self.source, str | os.PathLike):
+            return math.inf
+        return os.path.getsize(self.source) if os.path.isfile(self.source) else _size_of_tree(self.source)
+
+    def tar_digest(self, **options: Any) -> str:
+        """The digest of the tar that ``build`` would compress. Raises what ``estargz.build`` raises."""
+        return tar_digest(self.source, Options(**options), **self._arguments())
+
+    @contextmanager
+    def read_once(self, check: Callable[[], None]) -> Iterator[Self]:
+        """The same layer, whose pipe is waited for only as long as ``check`` does not raise."""
+        descriptor = self.source.fileno() if isinstance(self.source, io.FileIO) else None
+        with ExitStack() as opened:
+            if descriptor is None and isinstance(self.source, str | os.PathLike) and _is_stream(self.source):
+                descriptor = _open_pipe(self.source)
+                opened.callback(os.close, descriptor)
+            if descriptor is None or stat.S_ISREG(os.fstat(descriptor).st_mode):
+                yield self
+            else:
+                yield replace(self, source=_Pipe(descriptor, self.name, check))
 
     def build(self, dest: Any, **options: Any) -> Layer:
         """Builds it. Raises what ``estargz.build`` raises."""
-        estargz = options["compression"] == "estargz"
-        return build(
-            self.source,
-            dest,
-            lower=self.lower,
-            overlay_lower=self.overlay_lower,
-            prefetch=self.prefetch if estargz else None,
-            allow_missing=self.allow_missing,
-            landmark=self.landmark,
-            source_date_epoch=self.epoch,
-            rewrite_timestamp=self.rewrite_timestamp,
-            **options,
-        )
+        return build(self.source, dest, **self._arguments(), **options)
+
+    def _arguments(self) -> dict[str, Any]:
+        """What the tar is made of, for ``estargz.build``."""
+        return {
+            "lower": self.lower,
+            "overlay_lower": self.overlay_lower,
+            "prefetch": self.prefetch,
+            "allow_missing": self.allow_missing,
+            "landmark": self.landmark,
+            "source_date_epoch": self.epoch,
+            "rewrite_timestamp": self.rewrite_timestamp,
+        }
+
+
+class _Pipe:
+    """What comes through a descriptor, as it comes."""
+
+    def __init__(self, descriptor: int, name: str, check: Callable[[], None]) -> None:
+        self.name = name
+        self._descriptor = descriptor
+        self._check = check
+        self._poll = select.poll()
+        self._poll.register(descriptor, select.POLLIN)
+
+    def read(self, size: int, /) -> bytes:
+        while not self._poll.poll(_LISTEN_MS):
+            self._check()
+        return os.read(self._descriptor, size)
+
+
+def _open_pipe(path: PathLike) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # which does not wait for who writes
+    except OSError as error:
+        raise SourceError(
+            f"{os.fspath(path)}: cannot be opened: {error.strerror}; check that it is readable"
+        ) from error
+
+
+def _size_of_tree(path: PathLike) -> float:
+    """Bytes of a small tree's files; infinite for others, which are not worth walking twice."""
+    size, left = 0, _SMALL_TREE
+    for folder, folders, names in os.walk(path):
+        left -= len(folders) + len(names)
+        if left < 0:
+            return math.inf
+        size += sum(os.lstat(os.path.join(folder, name)).st_size for name in names)
+    return size
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
-from estargz.errors import ImageError
+from estargz.errors import ImageError, UsageError
 
 __all__ = [
     "MAX_MANIFEST_SIZE",
@@ -149,12 +149,17 @@ def same_in(media_type: str, *, docker: bool) -> str:
 
 def encode(document: Mapping[str, Any] | Sequence[Any], *, indent: int | None = 2) -> bytes:
     """A document as JSON, keys in their order. Manifests are indented by two spaces, as BuildKit's are; configurations, by
-    ``indent=None``, are compact."""
+    ``indent=None``, are compact. Raises ImageError for one that nobody would take."""
     separators = (",", ":") if indent is None else (",", ": ")
     try:
-        return json.dumps(document, ensure_ascii=False, indent=indent, separators=separators).encode()
+        data = json.dumps(document, ensure_ascii=False, indent=indent, separators=separators).encode()
     except UnicodeEncodeError:  # half a surrogate pair, which JSON may have and UTF-8 may not
-        return json.dumps(document, indent=indent, separators=separators).encode()
+        data = json.dumps(document, indent=indent, separators=separators).encode()
+    if len(data) > MAX_MANIFEST_SIZE:
+        raise ImageError(
+            f"a document of {len(data)} bytes is over the limit of {MAX_MANIFEST_SIZE}; have fewer layers, or less to say"
+        )
+    return data
 
 
 def decode(data: bytes, what: str, kind: type = dict) -> Any:
@@ -234,6 +239,9 @@ _ARCHITECTURES = {
 }
 
 
+_PLATFORM_KEYS = ("os", "architecture", "variant", "os.version")
+
+
 @dataclass(frozen=True, slots=True)
 class Platform:
     """What an image runs on: names as Go has them (GOOS, GOARCH)."""
@@ -244,11 +252,16 @@ class Platform:
     os_version: str = ""
 
     @classmethod
-    def parse(cls, text: str) -> Self:
-        """``linux/arm64``, ``linux/arm/v7``; names of other systems (aarch64, x86_64) are translated. Raises ImageError."""
+    def parse(cls, text: str | Platform) -> Platform:
+        """``linux/arm64``, ``linux/arm/v7``; names of other systems (aarch64, x86_64) are translated. A platform is itself.
+
+        Raises UsageError.
+        """
+        if isinstance(text, Platform):
+            return text
         parts = text.strip().lower().split("/")
         if not 2 <= len(parts) <= 3 or not all(re.fullmatch(r"[a-z0-9_-]+", part) for part in parts):
-            raise ImageError(
+            raise UsageError(
                 f"{text!r} is no platform: write OS/ARCHITECTURE or OS/ARCHITECTURE/VARIANT, as linux/arm64"
             )
         return cls(*parts).normal()
@@ -263,8 +276,7 @@ class Platform:
     @classmethod
     def of(cls, document: Mapping[str, Any], what: str) -> Self:
         """From an object with os, architecture, variant and os.version. Raises ImageError."""
-        keys = ("os", "architecture", "variant", "os.version")
-        return cls(*(_typed(document, key, str, what, "") for key in keys))
+        return cls(*(_typed(document, key, str, what, "") for key in _PLATFORM_KEYS))
 
     def normal(self) -> Self:
         """With the names that Go has, and without a variant that goes without saying."""
@@ -466,8 +478,11 @@ class ImageConfig:
     def document(self) -> dict[str, Any]:
         """As JSON has it, with the keys that were read."""
         rootfs = {"type": "layers", "diff_ids": list(self.diff_ids)}
+        raw = {
+            key: value for key, value in self.raw.items() if key not in _PLATFORM_KEYS or key in ("os", "architecture")
+        }
         document = {
-            **self.raw,
+            **raw,
             **self.platform.document(),
             "rootfs": rootfs,
             "history": [dict(step) for step in self.history],

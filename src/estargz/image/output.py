@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Self
 
-from estargz.errors import ImageError, UsageError
+from estargz.errors import UsageError
 from estargz.image.model import Platform
 from estargz.image.reference import Reference
 from estargz.options import MAX_CHUNK_SIZE, MAX_LEVEL, parse_size
@@ -272,7 +272,7 @@ def _annotation(key: str, value: str) -> Annotation:
         raise UsageError(f"{key}=: an index is for all platforms; leave [{match[2]}] out")
     try:
         return Annotation(of, match[3], value, Platform.parse(match[2]))
-    except ImageError as error:
+    except UsageError as error:
         raise UsageError(f"{key}=: {error}") from None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from estargz.errors import UsageError
 from estargz.image.layers import MovedLayer, StoredLayer
 from estargz.image.model import Descriptor, Platform, encode, is_docker, same_in
 from estargz.image.moving import LayerMover
@@ -18,6 +19,7 @@ from estargz.image.tree import (
     bare,
     manifests_of,
 )
+from estargz.layer import TOC_DIGEST
 
 __all__ = ["ATTESTATIONS", "RewrittenImage", "TreeWriter", "Written", "in_family"]
 
@@ -99,7 +101,9 @@ class TreeWriter:
         manifest, config = image.manifest, image.config
         moved = self._moved[id(image)]
         media_type = self._type(manifest.media_type)
-        layers = [in_family(layer.descriptor, docker=is_docker(media_type)) for layer in moved]
+        docker = is_docker(media_type)
+        moved = [replace(layer, descriptor=in_family(layer.descriptor, docker=docker)) for layer in moved]
+        layers = [layer.descriptor for layer in moved]
         diff_ids = [layer.diff_id or stated for layer, stated in zip(moved, config.diff_ids, strict=True)]
         text = image.config_data
         if diff_ids != list(config.diff_ids):
@@ -138,6 +142,8 @@ class TreeWriter:
     def _stays(self, document: Document) -> bool:
         """Whether it is not left out, as what is about an image that has changed may be."""
         about = document.descriptor.annotations.get(REFERENCE_DIGEST)
+        if about is None and isinstance(document, StoredArtifact) and document.manifest.subject is not None:
+            about = document.manifest.subject.digest
         if self._attestations != "drop" or about is None or about not in self._successors:
             return True
         return self._successors[about].digest == about
@@ -164,8 +170,16 @@ def _blobs(source: ImageSource, document: StoredArtifact, bases: Sequence[Sequen
 
 
 def in_family(descriptor: Descriptor, *, docker: bool) -> Descriptor:
-    """A layer as a manifest of Docker's, or of OCI's, names it: Docker's know no annotations."""
+    """A layer as a manifest of Docker's, or of OCI's, names it: Docker's know no annotations.
+
+    Raises UsageError for an eStargz layer in Docker's, where nobody could verify its table of contents.
+    """
     media_type = same_in(descriptor.media_type, docker=docker)
     if media_type == descriptor.media_type:
         return descriptor
+    if docker and TOC_DIGEST in descriptor.annotations:
+        raise UsageError(
+            f"layer {descriptor.digest} is an eStargz layer, which Docker's media types have no annotations for; choose OCI's, "
+            "or another compression for all layers"
+        )
     return replace(descriptor, media_type=media_type, annotations={} if docker else descriptor.annotations)

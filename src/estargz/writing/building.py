@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from estargz._layer import LayerBuilder
 from estargz.errors import UsageError
@@ -14,7 +16,7 @@ from estargz.writing.sink import Destination, open_sink
 from estargz.writing.source import PathLike, Readable, Source, TarSource, open_source, opened
 from estargz.writing.writer import finish_layer
 
-__all__ = ["build", "build_from"]
+__all__ = ["build", "build_from", "tar_digest"]
 
 
 def build(
@@ -80,14 +82,42 @@ def build(
         progress=progress,
         pool=pool,
     )
+    with _opened(
+        source,
+        options,
+        lower=lower,
+        overlay_lower=overlay_lower,
+        landmark=landmark,
+        prefetch=prefetch,
+        allow_missing=allow_missing,
+        source_date_epoch=source_date_epoch,
+        rewrite_timestamp=rewrite_timestamp,
+    ) as stream:
+        return build_from(stream, dest, options)
+
+
+@contextmanager
+def _opened(
+    source: PathLike | Readable,
+    options: Options,
+    *,
+    lower: PathLike | None,
+    overlay_lower: Sequence[PathLike] | None,
+    landmark: bool,
+    prefetch: Iterable[str] | None,
+    allow_missing: bool,
+    source_date_epoch: int | None,
+    rewrite_timestamp: bool,
+) -> Iterator[Source]:
     priority = Priority(prefetch or (), allow_missing=allow_missing) or None
     if rewrite_timestamp and source_date_epoch is None:
         raise UsageError("rewriting timestamps needs a source_date_epoch to compare them with")
-    if priority is not None and compression != "estargz":
-        raise UsageError(f"only eStargz layers have an order of prefetching; compression {compression!r} has none")
+    if priority is not None and options.compression != "estargz":
+        raise UsageError(
+            f"only eStargz layers have an order of prefetching; compression {options.compression!r} has none"
+        )
     if priority is not None and not landmark:
         raise UsageError("prefetching needs the landmark that says how far; leave either out")
-    landmark = landmark and compression == "estargz"
     arguments = options.kernel_arguments()
     with opened(
         open_source(
@@ -96,28 +126,43 @@ def build(
             overlay_lower=overlay_lower,
             epoch=source_date_epoch,
             rewrite=rewrite_timestamp,
-            landmark=landmark,
+            landmark=landmark and options.compression == "estargz",
             priority=priority,
             threads=arguments["threads"],
             crew=arguments["crew"],
         )
     ) as stream:
-        return build_from(stream, dest, options)
+        yield stream
 
 
 def build_from(stream: Source, dest: Destination, options: Options) -> Layer:
-    """The same for a source that is open. Raises what ``build`` raises."""
-    with open_sink(dest) as sink:
+    """``build`` from a source that is open. Raises what ``build`` raises."""
+    with open_sink(dest) as sink, _filled(stream, options, write=sink.target, output=sink.name) as (builder, missing):
+        return finish_layer(builder, options, missing=missing)
+
+
+def tar_digest(source: PathLike | Readable, options: Options, **arguments: Any) -> str:
+    """``Layer.tar_digest`` of what ``build`` would make, without compressing or writing anything.
+
+    arguments: those of ``build`` that say what the tar is made of. Raises what ``build`` raises.
+    """
+    with (
+        _opened(source, options, **arguments) as stream,
+        _filled(stream, options, compression="none") as (builder, _),
+    ):
+        builder.finish()
+        return f"sha256:{builder.tar_digest.hex()}"
+
+
+@contextmanager
+def _filled(stream: Source, options: Options, **changes: Any) -> Iterator[tuple[LayerBuilder, tuple[str, ...]]]:
+    """A builder that has all of a source, and what was to be prefetched and is missing."""
+    builder = LayerBuilder(
         # Waiting for a pipe, or for what is inflated, keeps the caller's thread busy; walking a tree does not.
-        builder = LayerBuilder(
-            **options.kernel_arguments(),
-            producer_helps=not isinstance(stream, TarSource),
-            write=sink.target,
-            output=sink.name,
-        )
-        try:
-            missing = stream.fill(builder)
-            return finish_layer(builder, options, missing=missing)
-        except BaseException:
-            builder.cancel()
-            raise
+        **{**options.kernel_arguments(), "producer_helps": not isinstance(stream, TarSource), **changes}
+    )
+    try:
+        yield builder, stream.fill(builder)
+    except BaseException:
+        builder.cancel()
+        raise
