@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 import pytest
 from conftest import IS_ROOT, missing
 from reference.blobs import digest, tar_of
+from sample_images import image, write_layout
 
 import estargz
 from estargz.cli import main
@@ -777,6 +778,27 @@ def test_a_directory_with_something_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match="neither empty nor a cache"):
         VariantStore(tmp_path)
     assert os.listdir(tmp_path) == ["thesis.txt"]
+
+
+def test_a_layout_of_images_is_not_taken_for_a_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layout = write_layout(tmp_path / "layout", image())
+    before = {path: path.read_bytes() for path in layout.rglob("*") if path.is_file()}
+    for path in before:
+        os.utime(path, (0, 0))
+    with pytest.raises(CacheError, match="is no cache, but an image layout"):
+        VariantStore(layout)
+    assert main(["cache", "prune", "--all", "--cache", str(layout)]) == CacheError.exit_code
+    assert "is no cache" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in layout.rglob("*") if path.is_file()} == before
+
+
+def test_a_cache_that_is_half_made_is_completed(tmp_path: Path) -> None:
+    (tmp_path / "blobs/sha256").mkdir(parents=True)
+    (tmp_path / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
+    key, layer, blob = made_of(TAR)
+    with VariantStore(tmp_path) as store:
+        keep(store, key, layer, blob)
+        assert store.find(key) == layer
 
 
 def test_a_file_is_no_cache(tmp_path: Path) -> None:

@@ -45,9 +45,9 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="One JSON ob
 
 @click.group("cache", no_args_is_help=False)
 def command() -> None:
-    """Show and prune the cache of layers that were made by converting images.
+    """Show and prune the cache of finished layers, which `image build` and `convert` fill with --reuse or --cache.
 
-    It has the OCI layout: oci:DIR:NAME is an image in it.
+    It has the OCI layout: images that `image build` keeps on this machine are in it, too, as oci:DIR:NAME.
     """
 
 

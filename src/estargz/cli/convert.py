@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import click
 
-from estargz.cli.build import Size, terminated_cleanly
+from estargz.cli.build import Size, show_result, terminated_cleanly
 from estargz.cli.progress import MODES, layer_progress
 from estargz.errors import UsageError
 from estargz.image.convert import convert
@@ -21,18 +20,18 @@ from estargz.options import DEFAULT_CHUNK_SIZE
 from estargz.registry.client import Registries
 from estargz.writing.pool import Pool
 
-__all__ = ["command", "described", "open_cache", "shared_options"]
+__all__ = ["command", "described", "open_cache", "registry_options", "shared_options"]
 
 
 def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """What ``convert`` and ``image build`` both have: the cache, the pool, registries, and how to tell of it all."""
-    options = [
+    options: list[Callable[[Callable[..., Any]], Callable[..., Any]]] = [
         click.option(
-            "--reuse", is_flag=True, help="Find finished layers in the cache of variants, and keep them there."
+            "--reuse",
+            is_flag=True,
+            help="Take finished layers from the cache, $ESTARGZ_CACHE or ~/.cache/estargz, and keep new ones there.",
         ),
-        click.option(
-            "--cache", metavar="DIR", help="The same with the cache in DIR.  [$ESTARGZ_CACHE, ~/.cache/estargz]"
-        ),
+        click.option("--cache", metavar="DIR", help="The same with DIR as the cache."),
         click.option(
             "--threads", type=click.IntRange(1), metavar="N", help="For all layers together; default: one a CPU."
         ),
@@ -42,9 +41,13 @@ def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
             metavar="N",
             help="Bytes for layers in the making, all together; uploads take half as much again.",
         ),
-        click.option("--insecure", is_flag=True, help="Registries may speak HTTP or show any certificate."),
-        click.option("--ca-file", metavar="PEM", help="Certificates to trust instead of the system's."),
-        click.option("--progress", type=click.Choice(MODES), default="auto", help="How to tell of layers.  [auto]"),
+        registry_options,
+        click.option(
+            "--progress",
+            type=click.Choice(MODES),
+            default="auto",
+            help="On standard error: auto shows bars if that is a terminal; json writes one event a line.  [auto]",
+        ),
         click.option("--json", "as_json", is_flag=True, help="The result in one line."),
     ]
     for option in reversed(options):
@@ -52,28 +55,45 @@ def shared_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def registry_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """How registries are spoken to."""
+    command = click.option("--ca-file", metavar="PEM", help="Certificates to trust instead of the system's.")(command)
+    return click.option("--insecure", is_flag=True, help="Registries may speak HTTP or show any certificate.")(command)
+
+
 @click.command("convert")
 @click.argument("source")
 @click.argument("dest")
-@click.option("--compression", type=click.Choice(COMPRESSIONS), help="Default: copy the layers as they are.")
+@click.option("--compression", type=click.Choice(COMPRESSIONS), help="For the layers; default: copy them as they are.")
 @click.option("--level", type=int, metavar="N", help="0-12: gzip, estargz; 1-19: zstd.")
 @click.option("--chunk-size", type=Size(), default=DEFAULT_CHUNK_SIZE, metavar="N", help="Bytes per chunk.  [4MiB]")
-@click.option("--min-chunk-size", type=Size(), default=0, metavar="N", help="As for build.")
 @click.option(
-    "--base", metavar="REF", help="Keep the layers of this image as they are, where SOURCE begins with them ..."
+    "--min-chunk-size",
+    type=Size(),
+    default=0,
+    metavar="N",
+    help="Pack small files into members of at least N bytes; containers/storage cannot read such layers.",
 )
-@click.option("--force-compression", is_flag=True, help="... unless this is given.")
-@click.option("--platform", "platforms", multiple=True, metavar="OS/ARCH", help="Only this one; repeatable.")
-@click.option("--all-platforms", is_flag=True, help="The default.")
+@click.option(
+    "--base", metavar="REF", help="Keep the layers of this image as they are, if they are the lowest of SOURCE."
+)
+@click.option("--force-compression", is_flag=True, help="Do not keep them, whatever --base says.")
+@click.option(
+    "--platform", "platforms", multiple=True, metavar="OS/ARCH", help="Only the image for this one; repeatable."
+)
+@click.option("--all-platforms", is_flag=True, help="The images for all, which is the default.")
 @click.option(
     "--attestations",
     type=click.Choice(ATTESTATIONS),
     default="repoint",
     show_default=True,
-    help="What becomes of those about images that change.",
+    help="What is said about an image that changes (SBOM, provenance): follows it, names the old one, or is left out.",
 )
 @click.option(
-    "--oci-mediatypes/--docker-mediatypes", "oci_types", default=None, help="Default: as they are, if possible."
+    "--oci-mediatypes/--docker-mediatypes",
+    "oci_types",
+    default=None,
+    help="Default: as they are; OCI's for estargz and zstd.",
 )
 @click.option("--tag", "tags", multiple=True, metavar="TAG", help="A further tag in DEST's repository; repeatable.")
 @shared_options
@@ -95,9 +115,15 @@ def command(
 ) -> None:
     """Copy the image SOURCE to DEST, its layers in another compression.
 
-    Both read as skopeo writes them: docker://HOST/NAME:TAG, oci:DIR:TAG, oci-archive:FILE:TAG, docker-archive:FILE:NAME:TAG,
-    dir:DIR. Layers that have the wanted compression are kept; uncompressing a converted one gives the original's tar.
-    Attestations are copied as they are.
+    Layers that have the wanted compression are kept; uncompressing a converted one gives the original's tar. Attestations
+    are copied byte for byte. SOURCE and DEST are
+
+    \b
+    docker://HOST/NAME:TAG           in a registry
+    oci:DIR:TAG                      in a directory with the OCI layout
+    oci-archive:FILE:TAG             the same as a tar
+    docker-archive:FILE:NAME:TAG     as docker save writes it
+    dir:DIR                          the image alone, its blobs side by side
     """
     if platforms and all_platforms:
         raise UsageError("give either --platform or --all-platforms")
@@ -123,7 +149,7 @@ def command(
         {"platform": str(image.platform), "digest": image.digest, "layers": described(image.layers)}
         for image in done.images
     ]
-    click.echo(json.dumps({**done.descriptor.document(), "images": images}, indent=None if as_json else 2))
+    show_result({**done.descriptor.document(), "images": images}, dest, in_one_line=as_json)
 
 
 @contextmanager

@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import shlex
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import click
 
-from estargz.cli.build import recorded, standard_input, terminated_cleanly, warn_of
+from estargz.cli.build import descriptor_of, recorded, show_result, standard_input, terminated_cleanly, warn_of
 from estargz.cli.convert import described, open_cache, shared_options
+from estargz.cli.inspect import command as inspect
 from estargz.cli.progress import layer_progress
 from estargz.errors import UsageError
 from estargz.image.image import Image
@@ -25,33 +27,46 @@ _LAYER_FLAGS = ("allow-missing", "no-landmark")
 
 @click.group("image")
 def command() -> None:
-    """Images: put together from layers."""
+    """Build an image from layers, or show what one is."""
 
 
-@command.command("build")
-@click.option("--from", "base", metavar="REF", help="Begin with this image; without it, with nothing.")
+command.add_command(inspect)
+
+
+@command.command("build", short_help="Put an image together, and push or write it.")
+@click.option(
+    "--from",
+    "base",
+    metavar="REF",
+    help="Begin with this image, docker://HOST/NAME:TAG for example; else with nothing.",
+)
 @click.option(
     "--layer",
     "layers",
     multiple=True,
     metavar="SOURCE[,KEY=VALUE...]",
-    help="Add a layer: a directory, a tar or - ; KEY is lower, overlay-lower, prefetch, record-in, created-by, allow-missing, "
-    "no-landmark. Repeatable.",
+    help="Add a layer on top: a directory or tar; - is a tar on standard input. KEYs are options of `estargz build` "
+    "(lower, overlay-lower, prefetch, record-in, allow-missing, no-landmark), and created-by=TEXT. Repeatable.",
 )
 @click.option(
     "--entrypoint", metavar="WORDS", help='What is run: words as for a shell, or a JSON array, ["/app", "-v"].'
 )
 @click.option("--cmd", metavar="WORDS", help="Its arguments, which who runs the image may replace.")
-@click.option("--env", multiple=True, metavar="NAME=VALUE", help="Repeatable.")
-@click.option("--workdir", metavar="PATH")
-@click.option("--user", metavar="USER[:GROUP]")
-@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Repeatable.")
-@click.option("--expose", multiple=True, metavar="PORT[/PROTOCOL]", help="Repeatable.")
-@click.option("--volume", "volumes", multiple=True, metavar="PATH", help="Repeatable.")
-@click.option("--stop-signal", metavar="SIGNAL")
-@click.option("--platform", metavar="OS/ARCH", help="Which of the images of --from, or what a new one is for.")
+@click.option("--env", multiple=True, metavar="NAME=VALUE", help="Set a variable; repeatable.")
+@click.option("--workdir", metavar="PATH", help="Where it is run.")
+@click.option("--user", metavar="USER[:GROUP]", help="Who runs it.")
+@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Label the image; repeatable.")
+@click.option("--expose", multiple=True, metavar="PORT[/PROTOCOL]", help="Where it listens; repeatable.")
+@click.option("--volume", "volumes", multiple=True, metavar="PATH", help="What is mounted there; repeatable.")
+@click.option("--stop-signal", metavar="SIGNAL", help="How it is asked to end.")
 @click.option(
-    "--output", required=True, metavar="SPEC", help="BuildKit's line, as type=image,name=HOST/NAME:TAG,push=true."
+    "--platform", metavar="OS/ARCH", help="Which image of --from, or what a new one is for; default: this machine's."
+)
+@click.option(
+    "--output",
+    required=True,
+    metavar="SPEC",
+    help="As for BuildKit: type=image,name=HOST/NAME:TAG,push=true or type=oci,dest=FILE; compression=estargz.",
 )
 @shared_options
 def build(
@@ -79,8 +94,15 @@ def build(
 
     Layers are built in one pass, all at once, and go straight to a registry when they are pushed. Those of --from stay as
     they are, unless --output has force-compression=true. SOURCE_DATE_EPOCH in the environment bounds all times.
+
+    Prints the image's OCI descriptor, names and layers on standard output; on standard error where the image goes there.
     """
     wanted = Output.parse(output)
+    to_stdout = wanted.type not in ("image", "local") and wanted.dest is None
+    if to_stdout:
+        descriptor_of(sys.stdout, "output")
+    if sum(_split(layer)[0] == "-" for layer in layers) > 1:
+        raise UsageError("standard input is one layer; give the others as files")
     pool = Pool(threads, memory)
     with (
         terminated_cleanly(),
@@ -104,8 +126,8 @@ def build(
     warn_of(done.missing)
     document = {} if done.descriptor is None else done.descriptor.document()
     result = {**document, "names": list(done.names), "layers": described(done.layers)}
-    to_stdout = wanted.type != "image" and wanted.type != "local" and wanted.dest is None
-    click.echo(json.dumps(result, indent=None if as_json else 2), err=to_stdout)
+    made = " and ".join(done.names) or wanted.dest or "the image"
+    show_result(result, made, in_one_line=as_json, to_stderr=to_stdout)
 
 
 def _begin(base: str | None, platform: str | None, registries: Registries) -> Image:
@@ -115,8 +137,7 @@ def _begin(base: str | None, platform: str | None, registries: Registries) -> Im
 
 
 def _with_layer(image: Image, text: str) -> Image:
-    """SOURCE[,KEY=VALUE...]: one line of CSV, so that a path may have a comma."""
-    source, *fields = next(csv.reader([text], strict=True), [""])
+    source, fields = _split(text)
     values: dict[str, list[str]] = {key: [] for key in _LAYER_KEYS}
     flags = set()
     for field in fields:
@@ -141,6 +162,19 @@ def _with_layer(image: Image, text: str) -> Image:
         landmark="no-landmark" not in flags,
         **({"created_by": values["created-by"][0]} if values["created-by"] else {}),
     )
+
+
+def _split(text: str) -> tuple[str, list[str]]:
+    """SOURCE[,KEY=VALUE...]: one line of CSV, so that a path may have a comma."""
+    try:
+        source, *fields = next(csv.reader([text], strict=True), [""])
+    except csv.Error as error:
+        raise UsageError(
+            f'--layer {text!r}: {error}; quote a field that has a comma as a whole: "a,b",lower=c'
+        ) from None
+    if not source:
+        raise UsageError(f"--layer {text!r}: begin with a directory, a tar, or - for standard input")
+    return source, fields
 
 
 def _words(option: str, text: str | None) -> Sequence[str] | None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
 
-import click
-
+from estargz.cli import tell
 from estargz.image.progress import Event, Report
 
 __all__ = ["MODES", "layer_progress"]
@@ -20,6 +19,9 @@ MODES = ("auto", "json", "none")
 
 _DONE = {"copy": "copied", "convert": "converted", "build": "built", "reuse": "reused"}
 _NAME_WIDTH = 24
+_BAR_WIDTH = 20
+_LINES = 24  # of a terminal that does not say
+_UP, _CLEAR, _NO_WRAP, _WRAP = "\x1b[{}A", "\r\x1b[J", "\x1b[?7l", "\x1b[?7h"
 
 
 @contextmanager
@@ -37,45 +39,55 @@ def layer_progress(mode: str) -> Iterator[Report | None]:
 
 
 def _json_lines(event: Event) -> None:
-    click.echo(json.dumps(asdict(event)), err=True)
+    tell(json.dumps(asdict(event)))
 
 
 class _Bars:
-    """A bar for each layer under way; a line stays of each that is finished."""
+    """The layers under way, a line for each below all else; above them a line stays of each that is finished."""
 
     def __init__(self) -> None:
-        self._bars: dict[int, Any] = {}
+        self._under_way: dict[int, Event] = {}
+        self._height = 0  # lines drawn
         self._lock = threading.Lock()
 
     def update(self, event: Event) -> None:
         with self._lock:
-            bar = self._bars.get(event.number) or self._begin(event)
-            bar.total = event.total
-            bar.update(event.done - bar.n)
             if event.finished:
-                self._bars.pop(event.number).close()
-                bar.write(f"{_short(event.name)} {_DONE[event.action]}, {event.done / 1e6:.1f} MB", file=sys.stderr)
+                self._under_way.pop(event.number, None)
+                self._draw(f"{_short(event.name)} {_DONE[event.action]:<9} {event.done / 1e6:.1f} MB\n")
+            else:
+                self._under_way[event.number] = event
+                self._draw()
 
-    def _begin(self, event: Event) -> Any:
-        from tqdm import tqdm
-
-        self._bars[event.number] = tqdm(
-            desc=f"{_short(event.name)} {event.action}",
-            total=event.total,
-            unit="B",
-            unit_scale=True,
-            unit_divisor=1024,
-            leave=False,
-            file=sys.stderr,
-        )
-        return self._bars[event.number]
+    def _draw(self, above: str = "") -> None:
+        bars = [f"{_bar(event)}\n" for event in self._under_way.values()][: _lines_of_terminal() - 1]
+        up = _UP.format(self._height) if self._height else ""
+        self._height = len(bars)
+        tell("".join((up, _CLEAR, above, _NO_WRAP, *bars, _WRAP)), end="")
 
     def __enter__(self) -> _Bars:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for bar in self._bars.values():
-            bar.close()
+        if self._under_way:
+            self._under_way.clear()
+            self._draw()
+
+
+def _lines_of_terminal() -> int:
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).lines or _LINES
+    except OSError:
+        return _LINES
+
+
+def _bar(event: Event) -> str:
+    start = f"{_short(event.name)} {event.action:<9}"
+    if not event.total:
+        return f"{start} {event.done / 1e6:.1f} MB"
+    part = min(event.done / event.total, 1)
+    bar = "#" * int(part * _BAR_WIDTH)
+    return f"{start} [{bar:<{_BAR_WIDTH}}] {part:4.0%} of {event.total / 1e6:.1f} MB"
 
 
 def _short(name: str) -> str:

@@ -187,13 +187,26 @@ class VariantStore(BlobFolder):
         """What makes an empty directory a layout. Raises CacheError for one that holds something else."""
         if not (self.directory / "oci-layout").exists():
             if not all(_TEMPORARY.fullmatch(name) for name in os.listdir(self.directory)):
-                raise CacheError(f"{self.directory}: is neither empty nor a cache; choose another directory")
+                raise CacheError(
+                    f"{self.directory}: is neither empty nor a cache; choose another directory (--cache, ESTARGZ_CACHE)"
+                )
             with PathSink(self.directory / "oci-layout") as sink:
                 sink.write(LAYOUT_FILE)
+        elif not self._is_mine():
+            raise CacheError(
+                f"{self.directory}: is no cache, but an image layout, whose blobs would be pruned as left over; choose another "
+                "directory (--cache, ESTARGZ_CACHE)"
+            )
         if not (self.directory / "index.json").exists():
             with PathSink(self.directory / "index.json") as sink:
                 sink.write(encode({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": []}))
         (self.directory / "blobs" / "sha256").mkdir(parents=True, exist_ok=True)
+
+    def _is_mine(self) -> bool:
+        """Whether a layout became a cache, or holds nothing yet. One whose index was removed still has its locks."""
+        if (self.directory / "locks").exists() or (self.directory / "index.sqlite").exists():
+            return True
+        return not any(path.is_file() for path in self.directory.glob("blobs/*/*"))
 
     # ------------------------------------------------------------------------------------------------------ variants
 
