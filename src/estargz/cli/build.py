@@ -144,7 +144,7 @@ def show_result(result: dict[str, Any], made: str, *, in_one_line: bool, to_stde
     except OSError as error:
         silence(sys.stdout)
         raise SinkError(
-            f"{made} was written; only its description could not be, to standard output: {error.strerror}"
+            f"{made} was written, but what describes it cannot be printed: standard output: {error.strerror}"
         ) from error
 
 
@@ -173,7 +173,7 @@ def standard_output() -> DescriptorSink:
 def descriptor_of(stream: Any, name: str) -> int:
     """A standard stream's descriptor. UsageError when the process was started without it."""
     if stream is None:
-        raise UsageError(f"standard {name} is closed")
+        raise UsageError(f"standard {name} is closed; leave it open, or name a file")
     return int(stream.fileno())
 
 

@@ -25,7 +25,7 @@ _LAYER_KEYS = ("lower", "overlay-lower", "prefetch", "record-in", "created-by")
 _LAYER_FLAGS = ("allow-missing", "no-landmark")
 
 
-@click.group("image")
+@click.group("image", no_args_is_help=False)
 def command() -> None:
     """Build an image from layers, or show what one is."""
 
@@ -57,7 +57,7 @@ command.add_command(inspect)
 @click.option("--user", metavar="USER[:GROUP]", help="Who runs it.")
 @click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Label the image; repeatable.")
 @click.option("--expose", multiple=True, metavar="PORT[/PROTOCOL]", help="Where it listens; repeatable.")
-@click.option("--volume", "volumes", multiple=True, metavar="PATH", help="What is mounted there; repeatable.")
+@click.option("--volume", "volumes", multiple=True, metavar="PATH", help="A place for data from outside; repeatable.")
 @click.option("--stop-signal", metavar="SIGNAL", help="How it is asked to end.")
 @click.option(
     "--platform", metavar="OS/ARCH", help="Which image of --from, or what a new one is for; default: this machine's."
@@ -66,7 +66,7 @@ command.add_command(inspect)
     "--output",
     required=True,
     metavar="SPEC",
-    help="As for BuildKit: type=image,name=HOST/NAME:TAG,push=true or type=oci,dest=FILE; compression=estargz.",
+    help="As for BuildKit, type=oci,dest=FILE or type=image,name=HOST/NAME:TAG,push=true,compression=estargz.",
 )
 @shared_options
 def build(
@@ -148,7 +148,8 @@ def _with_layer(image: Image, text: str) -> Image:
             values[key].append(value)
         else:
             raise UsageError(
-                f"--layer {text}: {field!r} is not known; there are {', '.join(_LAYER_KEYS + _LAYER_FLAGS)}"
+                f"--layer {text}: {field!r} is not known; there are {'=, '.join(_LAYER_KEYS)}=, with a value, and "
+                f"{', '.join(_LAYER_FLAGS)}"
             )
     for key in ("lower", "created-by"):
         if len(values[key]) > 1:
@@ -167,7 +168,7 @@ def _with_layer(image: Image, text: str) -> Image:
 def _split(text: str) -> tuple[str, list[str]]:
     """SOURCE[,KEY=VALUE...]: one line of CSV, so that a path may have a comma."""
     try:
-        source, *fields = next(csv.reader([text], strict=True), [""])
+        source, *fields = next(csv.reader([text], strict=True)) or [""]
     except csv.Error as error:
         raise UsageError(
             f'--layer {text!r}: {error}; quote a field that has a comma as a whole: "a,b",lower=c'

@@ -86,8 +86,7 @@ def _bar(event: Event) -> str:
     if not event.total:
         return f"{start} {event.done / 1e6:.1f} MB"
     part = min(event.done / event.total, 1)
-    bar = "#" * int(part * _BAR_WIDTH)
-    return f"{start} [{bar:<{_BAR_WIDTH}}] {part:4.0%} of {event.total / 1e6:.1f} MB"
+    return f"{start} {part:4.0%} of {event.total / 1e6:.1f} MB [{'#' * int(part * _BAR_WIDTH):<{_BAR_WIDTH}}]"
 
 
 def _short(name: str) -> str:
