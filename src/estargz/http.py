@@ -9,6 +9,7 @@ import base64
 import builtins
 import io
 import ipaddress
+import os
 import random
 import re
 import socket
@@ -27,6 +28,7 @@ from urllib.request import getproxies, proxy_bypass
 import urllib3
 from urllib3 import BaseHTTPResponse, PoolManager, ProxyManager
 from urllib3.exceptions import (
+    ConnectTimeoutError,
     HTTPError,
     InsecureRequestWarning,
     NameResolutionError,
@@ -50,6 +52,7 @@ __all__ = [
     "TRANSIENT",
     "USER_AGENT",
     "Deadline",
+    "Exchanges",
     "Failure",
     "Origin",
     "Pools",
@@ -292,6 +295,7 @@ class Deadline:
     def __init__(self, seconds: float) -> None:
         self.cancelled = False
         self._connection: socket.socket | None = None
+        self._holding = threading.Lock()
         self.extend(seconds)
 
     def extend(self, seconds: float) -> None:
@@ -304,15 +308,21 @@ class Deadline:
 
     def cancel(self) -> None:
         """It is over. Who waits for the other side is woken."""
-        self.cancelled = True
-        connection = self._connection
-        if connection is not None:
-            with suppress(OSError):  # TLS sockets have a shutdown of their own, which is not for other threads
-                socket.socket.shutdown(connection, socket.SHUT_RDWR)
+        with self._holding:
+            self.cancelled = True
+            self._shut_down()
+
+    def _shut_down(self) -> None:
+        if self._connection is not None:
+            with suppress(OSError):
+                self._connection.shutdown(socket.SHUT_RDWR)
 
     def release(self) -> None:
         """The connection is somebody else's from now on."""
-        self._connection = None
+        with self._holding:
+            if self._connection is not None:
+                self._connection.close()
+            self._connection = None
 
     @contextmanager
     def applies(self) -> Iterator[None]:
@@ -324,10 +334,55 @@ class Deadline:
             _current.deadline = outer
 
     def hold(self, connection: socket.socket) -> None:
-        """Something is sent or read through it."""
-        self._connection = connection
-        if self.cancelled:
-            self.cancel()
+        """Something is sent or read through it, until ``release``."""
+        # A descriptor of its own: TLS takes the connection's away from it, and its number may come to mean something else.
+        own = socket.socket(fileno=os.dup(connection.fileno()))
+        self.release()
+        with self._holding:
+            self._connection = own
+            if self.cancelled:
+                self._shut_down()
+
+
+class Exchanges:
+    """What is under way for somebody; another thread may end all of it."""
+
+    def __init__(self) -> None:
+        self.closed = threading.Event()
+        self._deadlines: set[Deadline] = set()
+        self._lock = threading.Lock()
+
+    def begin(self, seconds: float) -> Deadline:
+        """Of a new one, for ``end``; it is over at once when they are closed."""
+        deadline = Deadline(seconds)
+        with self._lock:
+            self._deadlines.add(deadline)
+            if self.closed.is_set():
+                deadline.cancel()
+        return deadline
+
+    def end(self, deadline: Deadline) -> None:
+        """Its connection may be used by others."""
+        deadline.release()
+        with self._lock:
+            self._deadlines.discard(deadline)
+
+    @contextmanager
+    def one(self, seconds: float) -> Iterator[Deadline]:
+        """From ``begin`` to ``end``."""
+        deadline = self.begin(seconds)
+        try:
+            yield deadline
+        finally:
+            self.end(deadline)
+
+    def close(self) -> None:
+        """They are over, and so is each that begins later. Closing twice does no harm."""
+        with self._lock:
+            self.closed.set()
+            deadlines = list(self._deadlines)
+        for deadline in deadlines:
+            deadline.cancel()
 
 
 class _Current(threading.local):
@@ -377,6 +432,51 @@ class _Timed:
         super().endheaders(*args, **options)  # type: ignore[misc]
         if _current.deadline is not None and self.sock is not None:
             _current.deadline.hold(self.sock)
+
+
+class _Abortable(_Timed):
+    """The same, which may also be given up while it is made."""
+
+    host: str
+    _dns_host: str  # with the dot at its end, if there is one
+    port: int
+    timeout: float
+    socket_options: Any
+
+    def _new_conn(self) -> socket.socket:
+        if (deadline := _current.deadline) is None:
+            return super()._new_conn()  # type: ignore[misc, no-any-return]
+        failure: OSError | None = None
+        try:
+            addresses = socket.getaddrinfo(self._dns_host.strip("[]"), self.port, type=socket.SOCK_STREAM)
+        except (socket.gaierror, UnicodeError) as error:
+            raise NameResolutionError(self.host, self, error) from error  # type: ignore[arg-type]
+        for family, kind, protocol, _, address in addresses:
+            try:
+                return self._connected(socket.socket(family, kind, protocol), address, deadline)
+            except OSError as error:
+                failure = error
+        try:
+            if isinstance(failure, builtins.TimeoutError):
+                raise ConnectTimeoutError(self, "no connection in time") from failure
+            raise NewConnectionError(self, "no connection") from failure  # type: ignore[arg-type]
+        finally:
+            del failure  # it refers to this frame
+
+    def _connected(self, connection: socket.socket, address: Any, deadline: Deadline) -> socket.socket:
+        try:
+            for option in self.socket_options or ():
+                connection.setsockopt(*option)
+            deadline.hold(connection)
+            left = deadline.left()
+            if left <= 0:
+                raise builtins.TimeoutError("timed out")
+            connection.settimeout(min(self.timeout, left))
+            connection.connect(address)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -437,7 +537,8 @@ class Pools:
         manager = self._manager(url)
         pool = manager.connection_from_url(url.url)
         if not issubclass(pool.ConnectionCls, _Timed):
-            pool.ConnectionCls = type("TimedConnection", (_Timed, pool.ConnectionCls), {})
+            timed = _Abortable if self._given is None else _Timed  # others may connect in ways of their own
+            pool.ConnectionCls = type("TimedConnection", (timed, pool.ConnectionCls), {})
         return manager
 
     def _manager(self, url: Url) -> PoolManager:

@@ -16,7 +16,7 @@ from typing import Any, Self
 from estargz.errors import ImageError, UsageError
 from estargz.image.model import check_digest
 
-__all__ = ["TRANSPORTS", "Reference", "familiar_name", "full_name", "parse_repository"]
+__all__ = ["TRANSPORTS", "Reference", "check_tag", "familiar_name", "full_name", "parse_repository"]
 
 TRANSPORTS = ("docker", "oci", "oci-archive", "docker-archive", "dir")
 
@@ -144,8 +144,15 @@ def _check_parts(host: str, repository: str, tag: str | None) -> None:
         )
     if len(repository) > _MAX_NAME:
         raise ValueError(f"the repository is longer than {_MAX_NAME} characters")
-    if tag is not None and not _TAG.fullmatch(tag):
-        raise ValueError(f"{tag!r} is no tag: at most 128 letters, digits and . _ -")
+    if tag is not None:
+        check_tag(tag)
+
+
+def check_tag(text: str) -> str:
+    """A tag that may become part of a URL. Raises UsageError for everything else."""
+    if not _TAG.fullmatch(text):
+        raise UsageError(f"{text[:200]!r} is no tag: at most 128 letters, digits and . _ -, the first no . or -")
+    return text
 
 
 def _port(host: str) -> int:

@@ -14,6 +14,7 @@ from estargz.image.reference import Reference
 
 if TYPE_CHECKING:
     from estargz.registry.client import Registries
+    from estargz.registry.repository import Repository
 
 __all__ = [
     "BlobReader",
@@ -199,7 +200,7 @@ def open_source(reference: Reference, registries: Registries | None = None) -> I
     Raises ImageError when nothing is there.
     """
     if reference.transport == "docker":
-        return _registries(registries).repository(reference)
+        return _repository(reference, registries)
     if reference.transport == "oci":
         from estargz.image.layout import open_layout
 
@@ -228,7 +229,7 @@ def open_target(
     if reference.digest is not None:
         raise UsageError(f"{reference}: a digest follows from the content; name a tag to write to")
     if reference.transport == "docker":
-        return _registries(registries).repository(reference)
+        return _repository(reference, registries)
     if reference.transport == "oci":
         from estargz.image.layout import create_layout
 
@@ -242,9 +243,9 @@ def open_target(
     return ArchiveTarget(reference, names, descriptor)
 
 
-def _registries(registries: Registries | None) -> Registries:
+def _repository(reference: Reference, registries: Registries | None) -> Repository:
     if registries is not None:
-        return registries
+        return registries.repository(reference)
     from estargz.registry.client import Registries as Fresh
 
-    return Fresh()
+    return Fresh().repository(reference, alone=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import NamedTuple, Self, TypeVar
 
 from urllib3 import BaseHTTPResponse, PoolManager, Timeout
@@ -21,6 +21,7 @@ from estargz.http import (
     TRANSIENT,
     USER_AGENT,
     Deadline,
+    Exchanges,
     Failure,
     Origin,
     Pools,
@@ -133,8 +134,8 @@ class HttpSource:
         self._slots = threading.BoundedSemaphore(parallel)
         self._executor: ThreadPoolExecutor | None = None
         self._starting = threading.Lock()
-        self._closed = threading.Event()
-        self._sleep = self._closed.wait if sleep is None else sleep
+        self._exchanges = Exchanges()
+        self._sleep = self._exchanges.closed.wait if sleep is None else sleep
         self._lent = isinstance(pool, Pools)
         self._pools = pool if isinstance(pool, Pools) else Pools(parallel, lambda _: Trust(ca_file), pool)
         self._tail = tail
@@ -153,8 +154,8 @@ class HttpSource:
         self.close()
 
     def close(self) -> None:
-        """End the connections; what is being read ends with an error. Closing twice does no harm."""
-        self._closed.set()
+        """End the connections; what is being read, by whichever thread, ends with an error. Closing twice does no harm."""
+        self._exchanges.close()
         self._kept = None
         if self._executor is not None:
             self._executor.shutdown(wait=False, cancel_futures=True)
@@ -183,6 +184,9 @@ class HttpSource:
         pending = [self._workers().submit(self.read_at, offset, size) for offset, size in ranges]
         try:
             return [future.result() for future in pending]
+        except CancelledError:
+            self._check_open()
+            raise
         finally:
             for future in pending:
                 future.cancel()
@@ -201,7 +205,7 @@ class HttpSource:
             return self._executor
 
     def _check_open(self) -> None:
-        if self._closed.is_set():
+        if self._exchanges.closed.is_set():
             raise UsageError(f"{self.name}: is closed")
 
     # ----------------------------------------------------------------------------------------------------------------
@@ -292,8 +296,7 @@ class HttpSource:
 
     def _ask(self, span: _Span, take: Callable[[BaseHTTPResponse, Deadline], T]) -> T:
         """What ``take`` makes of the answer to a GET of ``span``. Raises RangeError."""
-        with self._slots:
-            deadline = Deadline(self._deadline)
+        with self._slots, self._exchanges.one(self._deadline) as deadline:
             attempt = 1
             while True:
                 self._check_open()
@@ -344,6 +347,7 @@ class HttpSource:
                 failure.place = place.url
                 raise
             finally:
+                deadline.release()
                 let_go(response)
 
     def _send(self, place: _Place, span: _Span, granted: Mapping[str, str], deadline: Deadline) -> BaseHTTPResponse:
@@ -377,6 +381,8 @@ class HttpSource:
         return Failure(f"not done within {self._deadline:g} s", "raise the deadline, or ask for less at once")
 
     def _broken(self, error: HTTPError, place: _Place, deadline: Deadline) -> Failure:
+        deadline.release()
+        self._check_open()
         failure = self._late() if deadline.left() <= 0 else broken(error)
         failure.place = place.url
         return failure

@@ -11,13 +11,16 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 from urllib3.util import Url
 
 from estargz.http import Failure, parse, redacted
 from estargz.registry.credentials import Credential
+
+if TYPE_CHECKING:
+    from estargz.registry.host import Requests
 
 __all__ = ["Authority", "Challenge", "parse_challenges"]
 
@@ -71,7 +74,10 @@ class Authority:
     home:         the registry; a server of tokens may be asked without TLS only where it is
     credential:   who one is, given a repository
     allows_plain: whether credentials may go to a URL without TLS
-    fetch:        an answer's body, given method, URL, headers and form; raises Failure
+    fetch:        an answer's body, given who waits for it, method, URL, headers and form; raises Failure
+
+    Its methods are given who asks. One waits while another fetches a token; when that one is closed meanwhile, it fetches it
+    itself. They raise UsageError when it is closed, too.
     """
 
     def __init__(
@@ -79,7 +85,7 @@ class Authority:
         home: Url,
         credential: Callable[[str], Credential | None],
         allows_plain: Callable[[Url], bool],
-        fetch: Callable[[str, Url, Mapping[str, str], bytes | None], bytes],
+        fetch: Callable[[Requests, str, Url, Mapping[str, str], bytes | None], bytes],
     ) -> None:
         self._home, self._credential, self._allows_plain, self._fetch = home, credential, allows_plain, fetch
         self._challenge: Challenge | None = None
@@ -87,18 +93,18 @@ class Authority:
         self._tokens: dict[tuple[str, str, tuple[str, ...], str], _Token] = {}
         self._lock = threading.Lock()
 
-    def header(self, repository: str, scopes: tuple[str, ...]) -> str | None:
+    def header(self, requests: Requests, scopes: tuple[str, ...]) -> str | None:
         """The Authorization header of a request; None as long as nobody asked for one. Raises Failure, UsageError."""
-        with self._lock:
+        with requests.holding(self._lock):
             challenge = self._challenge
             if challenge is None:
                 return None
-            credential = self._credential(repository)
+            credential = self._credential(requests.repository)
             if challenge.scheme == "basic":
                 return credential.basic if credential else None
-            return self._token(challenge, repository, credential, scopes).header
+            return self._token(challenge, requests, credential, scopes).header
 
-    def take(self, header: str, scopes: tuple[str, ...]) -> bool:
+    def take(self, requests: Requests, header: str, scopes: tuple[str, ...]) -> bool:
         """Takes note of a challenge; whether it is one that can be met."""
         challenges = {challenge.scheme: challenge for challenge in reversed(parse_challenges(header))}
         challenge = challenges.get("bearer") or challenges.get("basic")
@@ -106,35 +112,35 @@ class Authority:
             return False
         asked = challenge.parameters.get("scope", "").split()
         more = tuple(scope for scope in asked if not any(_covers(own, scope) for own in scopes))
-        with self._lock:
+        with requests.holding(self._lock):
             self._challenge = challenge
             if more and scopes:
                 self._asked[scopes] = more
         return True
 
-    def challenged(self, header: str, sent: str | None, repository: str, scopes: tuple[str, ...]) -> bool:
+    def challenged(self, requests: Requests, header: str, sent: str | None, scopes: tuple[str, ...]) -> bool:
         """Takes note of a 401 to a request that had ``sent``; whether the next one has something else to show."""
-        return self.take(header, scopes) and self._differs(sent, repository, scopes)
+        return self.take(requests, header, scopes) and self._differs(requests, sent, scopes)
 
-    def outlived(self, sent: str | None, repository: str, scopes: tuple[str, ...]) -> bool:
+    def outlived(self, requests: Requests, sent: str | None, scopes: tuple[str, ...]) -> bool:
         """Takes note of a 403 to a request; whether it had a token, and there is another one now."""
-        return sent is not None and sent.startswith("Bearer ") and self._differs(sent, repository, scopes)
+        return sent is not None and sent.startswith("Bearer ") and self._differs(requests, sent, scopes)
 
-    def _differs(self, sent: str | None, repository: str, scopes: tuple[str, ...]) -> bool:
-        with self._lock:
+    def _differs(self, requests: Requests, sent: str | None, scopes: tuple[str, ...]) -> bool:
+        with requests.holding(self._lock):
             self._tokens = {key: token for key, token in self._tokens.items() if token.header != sent}
-        return self.header(repository, scopes) not in (sent, None)
+        return self.header(requests, scopes) not in (sent, None)
 
     def _token(
-        self, challenge: Challenge, repository: str, credential: Credential | None, scopes: tuple[str, ...]
+        self, challenge: Challenge, requests: Requests, credential: Credential | None, scopes: tuple[str, ...]
     ) -> _Token:
         realm, service = challenge.parameters.get("realm", ""), challenge.parameters.get("service", "")
         wanted = tuple(sorted({*scopes, *self._asked.get(scopes, ())}))
-        key = realm, service, wanted, repository if credential else ""
+        key = realm, service, wanted, requests.repository if credential else ""
         token = self._tokens.get(key)
         if token is None or time.monotonic() >= token.fresh_until:
             began = time.monotonic()
-            text, life = self._fetched(self._realm(realm, credential), service, wanted, credential)
+            text, life = self._fetched(requests, self._realm(realm, credential), service, wanted, credential)
             token = self._tokens[key] = _Token(f"Bearer {text}", began + _USED_SHARE * life)
         return token
 
@@ -150,7 +156,7 @@ class Authority:
         return url
 
     def _fetched(
-        self, realm: Url, service: str, scopes: tuple[str, ...], credential: Credential | None
+        self, requests: Requests, realm: Url, service: str, scopes: tuple[str, ...], credential: Credential | None
     ) -> tuple[str, float]:
         """A token and its life in seconds (distribution's docs: spec/auth/token.md, oauth.md)."""
         query = [("service", service)] if service else []
@@ -158,14 +164,14 @@ class Authority:
             grant = [("grant_type", "refresh_token"), ("refresh_token", credential.identity_token)]
             form = [*grant, *query, ("client_id", _CLIENT), ("scope", " ".join(scopes))]
             headers = {"content-type": "application/x-www-form-urlencoded"}
-            return _parsed(self._fetch("POST", realm, headers, urlencode(form).encode()), realm)
+            return _parsed(self._fetch(requests, "POST", realm, headers, urlencode(form).encode()), realm)
         query += [("scope", scope) for scope in scopes]
         headers = {}
         if credential:
             query.append(("account", credential.user))
             headers["authorization"] = credential.basic
         joined = "&".join(filter(None, (realm.query, urlencode(query))))
-        return _parsed(self._fetch("GET", realm._replace(query=joined or None), headers, None), realm)
+        return _parsed(self._fetch(requests, "GET", realm._replace(query=joined or None), headers, None), realm)
 
 
 def _covers(own: str, asked: str) -> bool:

@@ -80,17 +80,21 @@ class Registries:
         self._closed = False
         self._lock = threading.Lock()
 
-    def repository(self, reference: Reference) -> Repository:
-        """That of a reference to a registry. Nothing is asked yet. Raises UsageError for other references."""
+    def repository(self, reference: Reference, *, alone: bool = False) -> Repository:
+        """That of a reference to a registry. Nothing is asked yet. Raises UsageError for other references.
+
+        alone:  whether all connections end with it, as there is to be no other
+        """
         if reference.transport != "docker":
             raise UsageError(f"{reference}: is in no registry")
+        reference = Reference.parse(str(reference))  # one that was made by hand, too, is to lead nowhere else
         with self._lock:
             if self._closed:
                 raise UsageError(f"{reference}: the registries are closed")
             if reference.host not in self._hosts:
                 self._hosts[reference.host] = Host(reference.host, self._settings, self._pools, self._credentials)
             requests = Requests(self._hosts[reference.host], reference.repository, str(reference))
-            repository = Repository(requests, reference, self._pools)
+            repository = Repository(requests, reference, self._pools, alone)
             self._repositories.add(repository)
             return repository
 
@@ -113,6 +117,8 @@ class Registries:
         with self._lock:
             self._closed = True
             repositories = list(self._repositories)
+        for repository in repositories:
+            repository.stop()
         for repository in repositories:
             repository.close()
         self._pools.close()

@@ -8,7 +8,7 @@ from urllib3.exceptions import HTTPError
 from estargz.errors import UsageError, VerificationError
 from estargz.http import Failure, check_identity, content_range
 from estargz.image.model import Descriptor
-from estargz.registry.host import Exchange, Requests, refusal, why_broken
+from estargz.registry.host import SLOWEST, Exchange, Requests, refusal, why_broken
 
 __all__ = ["Download", "read_part"]
 
@@ -38,6 +38,7 @@ class Download:
         self._asks_ranges = True
         self._tries = requests.tries()
         self._open: Exchange | None = None
+        self._left = 0.0  # seconds of its deadline, which stands still while nothing is read
 
     def read(self, size: int, /) -> bytes:
         """At most ``size`` bytes; b"" at the end, where the registry sends no more than it should."""
@@ -47,8 +48,9 @@ class Download:
                     try:
                         return self._read(size)
                     except Failure as failure:
+                        in_time = self._open is None or self._open.deadline.left() > 0
                         self.close()
-                        progress, self._reached = self._at > self._reached, self._at
+                        progress, self._reached = in_time and self._at > self._reached, self._at
                         self._tries.again(failure, progress=progress)
             except BaseException:
                 self.close()
@@ -59,9 +61,8 @@ class Download:
         if not left and self._at and self._open is None:
             return b""
         exchange = self._open or self._begin()
-        exchange.deadline.extend(self._requests.settings.deadline)
         try:
-            data = exchange.response.read1(min(size, _PIECE, left or 1))
+            data = self._piece(exchange, min(size, _PIECE, left or 1))
         except HTTPError as error:
             if not left:
                 return b""
@@ -71,12 +72,19 @@ class Download:
         self._at += len(data)
         return data
 
+    def _piece(self, exchange: Exchange, size: int) -> bytes:
+        exchange.deadline.extend(self._left)
+        data = exchange.response.read1(size)
+        self._left = exchange.deadline.left() + len(data) / SLOWEST
+        return data
+
     def _begin(self) -> Exchange:
         whole = self._at == 0 and self._end == self._descriptor.size
         headers = {} if whole or not self._asks_ranges else {"range": f"bytes={self._at}-{self._end - 1}"}
         path = f"blobs/{self._descriptor.digest}"
-        with self._requests.host.slots:
+        with self._requests.holding(self._requests.host.slots):
             exchange = self._open = self._requests.begin("GET", path, self._requests.scopes("pull"), headers)
+        self._left = exchange.deadline.left()
         try:
             self._check(exchange.response, bool(headers))
             if exchange.response.status == 200:
@@ -113,8 +121,7 @@ class Download:
         if left > self._most_skipped:
             raise Failure("the registry ignores ranges and sends the whole blob", "copy the image first", 200)
         while left:
-            exchange.deadline.extend(self._requests.settings.deadline)
-            data = exchange.response.read1(min(left, _PIECE))
+            data = self._piece(exchange, min(left, _PIECE))
             if not data:
                 raise Failure("the body ends too early", transient=True)
             left -= len(data)

@@ -6,6 +6,7 @@ Requests.ask -> slot -> credentials -> connection -> redirects, 401 -> answer | 
 from __future__ import annotations
 
 import json
+import math
 import re
 import threading
 import time
@@ -25,6 +26,7 @@ from estargz.http import (
     TRANSIENT,
     USER_AGENT,
     Deadline,
+    Exchanges,
     Failure,
     Pools,
     broken,
@@ -50,12 +52,17 @@ MAX_FRUITLESS = 5
 MAX_TRIES = 50
 """Failures in all, after which nothing is tried again."""
 
+SLOWEST = 1 << 14
+"""Bytes a second, below which what is moved of a blob comes to its deadline."""
+
 _MAX_RETRY_AFTER = 60.0  # seconds; a server that asks for more is asked again all the same
-_SLOWEST = 1 << 14  # bytes a second, below which a body comes to its deadline
+_GLANCE = 0.1  # seconds that a lock is waited for between two looks whether it is still wanted
+_FAREWELL = 0.5  # seconds that what closes may go on to speak
 _PIECE = 1 << 18  # bytes that are sent between two looks at the clock
 _MAX_ANSWER = 1 << 20  # bytes of an answer that is no content
 _MAX_ERROR = 1 << 16
 _HUB_SERVER = "registry-1.docker.io"
+_PATH = re.compile(r"blobs/uploads/|(?:blobs|manifests)/[A-Za-z0-9_][A-Za-z0-9_.:+=-]*")
 _TLS_MISSING = {301, 302, 307, 308, 400}  # what is said to who speaks plain HTTP where TLS is meant
 
 _REMEDIES = {
@@ -198,7 +205,7 @@ class Host:
 
         A loopback address is asked without TLS first, and one that is marked as insecure last; others only with it.
         """
-        with self._finding:
+        with requests.holding(self._finding):
             requests.check_open()  # while others tried in vain, perhaps
             if self._found is None:
                 server = parse_url(f"https://{_HUB_SERVER if self.name == DOCKER_HUB else self.name}")
@@ -207,16 +214,16 @@ class Host:
                     schemes = ["https", "http"]
                 if is_loopback(server):
                     schemes = ["http", "https"]
-                self._found = self._find([server._replace(scheme=scheme) for scheme in schemes], requests.sleep)
+                self._found = self._find([server._replace(scheme=scheme) for scheme in schemes], requests)
             return self._found
 
-    def _find(self, homes: list[Url], sleep: Callable[[float], object]) -> Url:
-        tries = Tries(sleep)
+    def _find(self, homes: list[Url], requests: Requests) -> Url:
+        tries = requests.tries()
         while True:
             failures = []
             for home in homes:
                 try:
-                    self._greet(home)
+                    self._greet(home, requests)
                     return home
                 except Failure as failure:
                     failures.append(failure)
@@ -227,25 +234,25 @@ class Host:
             # A certificate that is not trusted tells more than that plain HTTP was not understood.
             tries.again(next((failure for failure in reversed(failures) if not failure.transient), failures[0]))
 
-    def _greet(self, home: Url) -> None:
+    def _greet(self, home: Url, requests: Requests) -> None:
         """Asks whether a registry is there, and what it wants to see. Raises Failure."""
         place = home._replace(path="/v2/")
-        deadline = Deadline(self.settings.timeout)
-        response = self._exchange("GET", place, {}, None, deadline, self.settings.timeout)
-        try:
-            if response.status in TRANSIENT:
-                raise overloaded(response)
-            if home.scheme == "http" and response.status in _TLS_MISSING:
-                raise Failure(status_text(response.status), "check the address", response.status)
-            self._authority = Authority(home, self._credential, self.settings.allows_plain, self._token_server)
-            if response.status == 401:
-                self._authority.take(response.headers.get("WWW-Authenticate", ""), ())
-        except Failure as failure:
-            failure.place = place
-            raise
-        finally:
-            deadline.release()
-            let_go(response)
+        with requests.under_way(self.settings.timeout) as deadline:
+            response = self._exchange("GET", place, {}, None, deadline, self.settings.timeout)
+            try:
+                if response.status in TRANSIENT:
+                    raise overloaded(response)
+                if home.scheme == "http" and response.status in _TLS_MISSING:
+                    raise Failure(status_text(response.status), "check the address", response.status)
+                self._authority = Authority(home, self._credential, self.settings.allows_plain, self._token_server)
+                if response.status == 401:
+                    self._authority.take(requests, response.headers.get("WWW-Authenticate", ""), ())
+            except Failure as failure:
+                failure.place = place
+                raise
+            finally:
+                deadline.release()
+                let_go(response)
 
     def is_away(self, place: Url) -> bool:
         """Whether a URL is not one of this registry."""
@@ -254,18 +261,18 @@ class Host:
     def _credential(self, repository: str) -> Credential | None:
         return self._credentials.of(self.name, repository)
 
-    def authorize(self, challenge: str, sent: str | None, repository: str, scopes: tuple[str, ...]) -> str | None:
+    def authorize(self, requests: Requests, challenge: str, sent: str | None, scopes: tuple[str, ...]) -> str | None:
         """The Authorization header that answers a challenge to a request that had ``sent``. Raises Failure, UsageError."""
         assert self._authority is not None
-        renewed = self._authority.challenged(challenge, sent, repository, scopes)
-        return self._authority.header(repository, scopes) if renewed else None
+        renewed = self._authority.challenged(requests, challenge, sent, scopes)
+        return self._authority.header(requests, scopes) if renewed else None
 
     def send(
         self,
+        requests: Requests,
         method: str,
         url: Url,
         *,
-        repository: str,
         scopes: tuple[str, ...],
         headers: Mapping[str, str],
         body: Body | None,
@@ -277,7 +284,7 @@ class Host:
         place, hops, renewed = url, 0, False
         while True:
             own = origin(place) == origin(self._found)
-            sent = self._authority.header(repository, scopes) if own else None
+            sent = self._authority.header(requests, scopes) if own else None
             shown = {**headers, "authorization": sent} if sent else headers
             response = self._exchange(method, place, shown, body, deadline, patience)
             try:
@@ -285,7 +292,7 @@ class Host:
                 if status in REDIRECTS and (method in ("GET", "HEAD") or status in (307, 308)):
                     hops += 1
                     place = redirected(response, place, hops)
-                elif own and not renewed and self._renews(response, sent, repository, scopes):
+                elif own and not renewed and self._renews(requests, response, sent, scopes):
                     renewed = True
                 else:
                     return Exchange(response, deadline, place)
@@ -293,15 +300,18 @@ class Host:
                 failure.place = failure.place or place
                 let_go(response)
                 raise
+            deadline.release()
             let_go(response)
 
-    def _renews(self, response: BaseHTTPResponse, sent: str | None, repository: str, scopes: tuple[str, ...]) -> bool:
+    def _renews(
+        self, requests: Requests, response: BaseHTTPResponse, sent: str | None, scopes: tuple[str, ...]
+    ) -> bool:
         """Whether a request that was refused can show something else. Some say 403 of a token whose time has run out."""
         assert self._authority is not None
         if response.status == 401:
             challenge = response.headers.get("WWW-Authenticate", "")
-            return self._authority.challenged(challenge, sent, repository, scopes)
-        return response.status == 403 and self._authority.outlived(sent, repository, scopes)
+            return self._authority.challenged(requests, challenge, sent, scopes)
+        return response.status == 403 and self._authority.outlived(requests, sent, scopes)
 
     def _exchange(
         self,
@@ -341,12 +351,15 @@ class Host:
             if pieces is not None:
                 pieces.close()  # what they are read from, too
 
-    def _token_server(self, method: str, url: Url, headers: Mapping[str, str], form: bytes | None) -> bytes:
+    def _token_server(
+        self, requests: Requests, method: str, url: Url, headers: Mapping[str, str], form: bytes | None
+    ) -> bytes:
         """What a token server answers. Credentials in the headers go to its own origin alone."""
-        tries = Tries(time.sleep if self.settings.sleep is None else self.settings.sleep)
+        tries = requests.tries()
         while True:
             try:
-                return self._ask_token_server(method, url, headers, form)
+                with requests.under_way(self.settings.timeout) as deadline:
+                    return self._ask_token_server(method, url, headers, form, deadline)
             except Failure as failure:
                 try:
                     tries.again(failure)
@@ -354,8 +367,9 @@ class Host:
                     failure.transient = False  # or else it would be tried as often for every try of the request
                     raise
 
-    def _ask_token_server(self, method: str, url: Url, headers: Mapping[str, str], form: bytes | None) -> bytes:
-        deadline = Deadline(self.settings.timeout)
+    def _ask_token_server(
+        self, method: str, url: Url, headers: Mapping[str, str], form: bytes | None, deadline: Deadline
+    ) -> bytes:
         place, hops = url, 0
         while True:
             shown = headers if origin(place) == origin(url) else {}
@@ -384,26 +398,42 @@ class Host:
 class Requests:
     """What is asked of a registry about one repository.
 
-    name:  the reference, for messages
+    name:     the reference, for messages
+    until:    when they close by themselves, by the monotonic clock
+    whole:    those of the repository, of which these are a part
     """
 
-    def __init__(self, host: Host, repository: str, name: str) -> None:
+    def __init__(
+        self, host: Host, repository: str, name: str, until: float = math.inf, whole: Requests | None = None
+    ) -> None:
         self.host, self.repository, self.name = host, repository, name
         self.settings = host.settings
-        self._closed = threading.Event()
-        self._under_way: set[Deadline] = set()
+        self._until, self._whole = until, whole
+        self._exchanges = Exchanges()
         self._apart: WeakSet[Requests] = WeakSet()
+        self._farewell = math.inf  # until when something may be asked all the same
         self._lock = threading.Lock()
-        self.sleep = self._closed.wait if self.settings.sleep is None else self.settings.sleep
+        self._pause = self._exchanges.closed.wait if self.settings.sleep is None else self.settings.sleep
 
-    def apart(self) -> Requests:
+    def apart(self, until: float = math.inf) -> Requests:
         """The same, to be closed before these, or with them."""
-        requests = Requests(self.host, self.repository, self.name)
+        requests = self._part(until)
         with self._lock:
             self._apart.add(requests)
-            if self._closed.is_set():
+            if self._exchanges.closed.is_set():
                 requests.close()
         return requests
+
+    def last(self, seconds: float) -> Requests:
+        """The same for a last word, though these may be closed: for so many seconds, but once all of the repository's are
+        closed, or if they are, only for a moment."""
+        whole, until = self._whole or self, time.monotonic() + seconds
+        if not whole._exchanges.closed.is_set():
+            return whole.apart(until)
+        return self._part(min(until, whole._farewell))
+
+    def _part(self, until: float) -> Requests:
+        return Requests(self.host, self.repository, self.name, until, self._whole or self)
 
     def scopes(self, actions: str) -> tuple[str, ...]:
         """Of a token that allows ``pull`` or ``pull,push``."""
@@ -411,26 +441,46 @@ class Requests:
 
     def check_open(self) -> None:
         """Raises UsageError once they are closed."""
-        if self._closed.is_set():
+        if self._exchanges.closed.is_set() or time.monotonic() >= self._until:
             raise UsageError(f"{self.name}: is closed")
+
+    @contextmanager
+    def holding(self, lock: threading.Lock | threading.Semaphore) -> Iterator[None]:
+        """A lock or a slot. Whoever has it may have to wait for long: raises UsageError when these are closed sooner."""
+        while not lock.acquire(timeout=_GLANCE):
+            self.check_open()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    @contextmanager
+    def under_way(self, seconds: float) -> Iterator[Deadline]:
+        """Something that ends when these are closed. Raises UsageError when they are."""
+        self.check_open()
+        with self._exchanges.one(min(seconds, self._until - time.monotonic())) as deadline:
+            yield deadline
 
     def tries(self) -> Tries:
         """For something that begins."""
-        return Tries(self.sleep)
+        return Tries(lambda seconds: self._pause(max(min(seconds, self._until - time.monotonic()), 0.0)))
 
     def close(self) -> None:
-        """What is under way ends with an error."""
-        self._closed.set()
+        """What is under way ends with an error, wherever it waits; only names are still looked up to the end. Closing twice
+        does no harm."""
         with self._lock:
-            deadlines, apart = list(self._under_way), list(self._apart)
-        for deadline in deadlines:
-            deadline.cancel()
+            self._farewell = min(self._farewell, time.monotonic() + _FAREWELL)
+            self._exchanges.close()
+            apart = list(self._apart)
         for requests in apart:
             requests.close()
 
     def url(self, path: str) -> Url:
-        """Of something in the repository, with its query. Raises Failure when the registry cannot be reached."""
+        """Of something in the repository, with its query. Raises Failure when the registry cannot be reached, UsageError for a
+        path that leads out of the repository."""
         path, _, query = path.partition("?")
+        if not _PATH.fullmatch(path):
+            raise UsageError(f"{self.name}: {path[:200]!r} is nothing that a repository has; check digest and tag")
         home = self.host.home(self)
         return home._replace(path=f"/v2/{self.repository}/{path}", query=query or None)
 
@@ -502,7 +552,7 @@ class Requests:
         streams:   the body waits for others, so it must not take the place of requests that these wait for
         """
         with (
-            nullcontext() if streams else self.host.slots,
+            nullcontext() if streams else self.holding(self.host.slots),
             self._exchange(method, path, scopes, headers, body, patience, deadline) as (response, _, place),
         ):
             if response.status not in ok:
@@ -536,16 +586,14 @@ class Requests:
         settings = self.settings
         if seconds is None:
             size = 0 if body is None else float("inf") if body.size is None else body.size
-            seconds = max(settings.deadline, patience or 0.0) + size / _SLOWEST
-        deadline = Deadline(seconds)
-        with self._lock:
-            self.check_open()
-            self._under_way.add(deadline)
+            seconds = max(settings.deadline, patience or 0.0) + size / SLOWEST
+        self.check_open()
+        deadline = self._exchanges.begin(min(seconds, self._until - time.monotonic()))
         try:
             return self.host.send(
+                self,
                 method,
                 self.url(path) if isinstance(path, str) else path,
-                repository=self.repository,
                 scopes=scopes,
                 headers=headers or {},
                 body=body,
@@ -553,18 +601,13 @@ class Requests:
                 patience=settings.timeout if patience is None else patience,
             )
         except BaseException:
-            self._forget(deadline)
+            self._exchanges.end(deadline)
             raise
 
     def end(self, exchange: Exchange) -> None:
         """Keeps the connection if it can be used again."""
-        self._forget(exchange.deadline)
+        self._exchanges.end(exchange.deadline)
         let_go(exchange.response)
-
-    def _forget(self, deadline: Deadline) -> None:
-        deadline.release()
-        with self._lock:
-            self._under_way.discard(deadline)
 
 
 # --------------------------------------------------------------------------------------------------------------------

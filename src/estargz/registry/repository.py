@@ -16,12 +16,13 @@ from estargz.image.model import (
     OCI_INDEX,
     OCI_MANIFEST,
     Descriptor,
+    check_digest,
     decode,
     digest_of,
     is_index,
     is_manifest,
 )
-from estargz.image.reference import Reference
+from estargz.image.reference import Reference, check_tag
 from estargz.image.store import BlobReader, BlobUpload, VerifyingReader, read_small
 from estargz.reading.http import HttpSource
 from estargz.registry.download import Download, read_part
@@ -42,20 +43,33 @@ class Repository:
 
     remote = True
 
-    def __init__(self, requests: Requests, reference: Reference, pools: Pools) -> None:
+    def __init__(self, requests: Requests, reference: Reference, pools: Pools, alone: bool = False) -> None:
         self.name = str(reference)
         self._requests, self._reference, self._pools = requests, reference, pools
+        self._alone = alone  # nobody else has these connections
         self._seen: tuple[Descriptor, bytes] | None = None  # the manifest or index that was resolved or stored last
         self._uploads: WeakSet[Upload] = WeakSet()
+        self._sources: WeakSet[HttpSource] = WeakSet()
         self._lock = threading.Lock()
 
+    def stop(self) -> None:
+        """What is under way ends with an error, at once and whichever thread waits for it; nothing can be begun."""
+        self._requests.close()
+        with self._lock:
+            sources = list(self._sources)
+        for source in sources:
+            source.close()
+
     def close(self) -> None:
-        """What is under way ends with an error; uploads are dropped."""
+        """The same, and uploads are dropped, of which the registry is told if it listens. It takes less than a second, and
+        doing it twice does no harm."""
+        self.stop()
         with self._lock:
             uploads = list(self._uploads)
         for upload in uploads:
             upload.abort()
-        self._requests.close()
+        if self._alone:
+            self._pools.close()
 
     # ----------------------------------------------------------------------------------------------------------------
     # source
@@ -139,7 +153,7 @@ class Repository:
         return read_part(self._requests, descriptor, offset, size)
 
     def range_source(self, descriptor: Descriptor) -> HttpSource:
-        """A layer to be read lazily, with the credentials of this repository; to be closed before the Registries are."""
+        """A layer to be read lazily, with the credentials of this repository; it is closed with it at the latest."""
         requests = self._requests
         with requests.reported("GET", f"blob {descriptor.digest}"):
             url = requests.url(f"blobs/{descriptor.digest}")
@@ -148,12 +162,12 @@ class Repository:
         def authorize(challenge: str) -> Mapping[str, str]:
             sent = granted[-1] if granted else None
             with requests.reported("GET", f"blob {descriptor.digest}"):
-                header = requests.host.authorize(challenge, sent, requests.repository, requests.scopes("pull"))
+                header = requests.host.authorize(requests, challenge, sent, requests.scopes("pull"))
             granted[:] = [header] if header else []
             return {"authorization": header} if header else {}
 
         settings = requests.settings
-        return HttpSource(
+        source = HttpSource(
             url.url,
             authorize=authorize,
             size=descriptor.size,
@@ -163,6 +177,9 @@ class Repository:
             pool=self._pools,
             sleep=settings.sleep,
         )
+        with self._lock:
+            self._sources.add(source)
+        return source
 
     # ----------------------------------------------------------------------------------------------------------------
     # target
@@ -192,7 +209,7 @@ class Repository:
         try:
             answer = requests.ask(
                 "POST",
-                f"blobs/uploads/?mount={descriptor.digest}&from={origin.repository}",
+                f"blobs/uploads/?mount={check_digest(descriptor.digest)}&from={origin.repository}",
                 f"mount {descriptor.digest}",
                 ok={201, 202},
                 scopes=(*requests.scopes("pull,push"), *origin.scopes("pull")),
@@ -224,10 +241,10 @@ class Repository:
             put_blob(self._requests, descriptor, open)
 
     def put_manifest(self, media_type: str, data: bytes, tags: Sequence[str] = ()) -> Descriptor:
-        """Stores a manifest or index by its digest, and under each of the tags. Raises VerificationError when the registry
-        says that it has another digest."""
+        """Stores a manifest or index by its digest, and under each of the tags. Raises UsageError for what is no tag, before
+        anything is sent; VerificationError when the registry says that it has another digest."""
         descriptor = Descriptor(media_type, digest_of(data), len(data))
-        for name in (descriptor.digest, *tags):
+        for name in (descriptor.digest, *[check_tag(tag) for tag in tags]):
             self._put_manifest(name, descriptor, data)
         self._seen = descriptor, data
         return descriptor

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import re
+import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -18,7 +19,7 @@ from urllib3.util import Url
 
 from estargz.errors import EstargzError, RegistryError, UploadBrokenError, UsageError, VerificationError
 from estargz.http import Failure, parse, printable
-from estargz.image.model import Descriptor
+from estargz.image.model import Descriptor, check_digest
 from estargz.image.store import BlobReader
 from estargz.registry.host import Answer, Body, Requests, SourceFailure
 
@@ -101,11 +102,9 @@ class Session:
 
     def cancel(self) -> None:
         """Has the registry forget it, if it can be reached soon."""
-        old = self._requests
-        requests = Requests(old.host, old.repository, old.name)  # the old ones may be closed
+        requests = self._requests.last(_ABORT_SECONDS)
         with suppress(Failure, EstargzError):
-            ok, scopes = {200, 202, 204, 404}, requests.scopes("pull,push")
-            requests.once("DELETE", self._place, ok=ok, scopes=scopes, deadline=_ABORT_SECONDS)
+            requests.once("DELETE", self._place, ok={200, 202, 204, 404}, scopes=requests.scopes("pull,push"))
 
     def _once(
         self, method: str, place: Url, ok: set[int], headers: dict[str, str], body: Body, *, streams: bool
@@ -305,6 +304,7 @@ class Upload:
         self._thread: ThreadPoolExecutor | None = None
         self._sending: Future[None] | None = None
         self._ended = False
+        self._ending = threading.Lock()
 
     def write(self, data: bytes, /) -> int:
         """Raises UploadBrokenError and RegistryError, as soon as the thread that sends has met one."""
@@ -325,6 +325,7 @@ class Upload:
     def commit(self, digest: str, size: int) -> None:
         """Raises UploadBrokenError, RegistryError, VerificationError."""
         self._check_open()
+        check_digest(digest)
         if size != self._written:
             raise VerificationError(f"{self._requests.name}: {self._written} bytes were written of a blob of {size}")
         descriptor = Descriptor(_OCTETS, digest, size)
@@ -343,10 +344,15 @@ class Upload:
         """Gives the chunk to the thread, when that is done with the one before."""
         if self._sending is not None:
             self._sending.result()
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="estargz-upload")
-        self._sending = self._thread.submit(self._send, self._filling)
+        self._sending = self._begin(self._send, self._filling)
         self._filling = bytearray()
+
+    def _begin(self, send: Callable[..., None], *given: bytearray) -> Future[None]:
+        with self._ending:  # another thread may abort meanwhile
+            self._check_open()
+            if self._thread is None:
+                self._thread = ThreadPoolExecutor(1, thread_name_prefix="estargz-upload")
+            return self._thread.submit(send, *given)
 
     def _finish(self) -> None:
         """Sends what is left, and waits until all is sent."""
@@ -406,16 +412,19 @@ class Upload:
                     raise self._broken(failure) from failure
 
     def abort(self) -> None:
-        """Drops what was sent; what is under way ends."""
-        if not self._ended:
-            self._end()
+        """Drops what was sent; what is under way ends. Any thread may say so."""
+        if self._end():
             self._session.cancel()
 
-    def _end(self) -> None:
-        self._ended = True
-        self._requests.close()
-        if self._thread is not None:
-            self._thread.shutdown(cancel_futures=True)
+    def _end(self) -> bool:
+        """Whether it had not ended before."""
+        with self._ending:
+            ended, self._ended = self._ended, True
+        if not ended:
+            self._requests.close()
+            if self._thread is not None:
+                self._thread.shutdown()
+        return not ended
 
     def __enter__(self) -> Self:
         return self
@@ -435,9 +444,8 @@ class StreamedUpload(Upload):
         self._begun = False
 
     def _hand_over(self) -> None:
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="estargz-upload")
-            self._sending = self._thread.submit(self._stream)
+        if self._sending is None:
+            self._sending = self._begin(self._stream)
         self._pass_on(self._filling)
         self._filling = bytearray()
 
