@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import Any
 import pytest
 import sample_images as images
 import zstandard
+from conftest import missing
 from reference.peer import report, run
 from sample_images import OCI_TYPES, described, image, index, several_platforms, sha256, write_layout
 from tars import END, everything
 
-from estargz.errors import ImageError, UploadBrokenError, UsageError, VerificationError
+from estargz.errors import ImageError, TarError, UploadBrokenError, UsageError, VerificationError
 from estargz.image import moving
 from estargz.image.convert import Converted, convert
 from estargz.image.layout import FolderUpload, Layout, copy_blob
@@ -136,6 +138,36 @@ def test_every_pair(first: str, made_by: str, peer: Path, scratch: Path) -> None
         assert stored_digests(there) == named
         back = convert(f"oci:{there}:v2", f"oci:{scratch}/back-{second}:v3", compression="uncompressed")
         assert read_json(scratch / f"back-{second}", back.descriptor.digest)["layers"][0]["digest"] == sha256(tar)
+
+
+def test_a_layer_without_a_whole_last_block(peer: Path, scratch: Path, root: None) -> None:
+    """What umoci inserts ends where the file does: every compression holds it but the one that has more to append."""
+    if shutil.which("umoci") is None:
+        missing("umoci is not installed")
+    (scratch / "file").write_bytes(b"inserted\n")
+    made = f"{scratch}/made:v1"
+    for arguments in (["init", "--layout", scratch / "made"], ["new", "--image", made]):
+        subprocess.run(["umoci", *arguments], check=True)
+    subprocess.run(["umoci", "insert", "--image", made, scratch / "file", "/file"], check=True)
+    for compression in ("uncompressed", "gzip", "zstd"):
+        done = convert(f"oci:{made}", f"oci:{scratch}/{compression}:v1", compression=compression)
+        manifest = read_json(scratch / compression, done.descriptor.digest)
+        check_layer(scratch / compression, manifest, compression, peer)
+        (layer,) = manifest["layers"]
+        stream = inflated(read_blob(scratch / compression, layer["digest"]), layer["mediaType"])
+        assert (len(stream) % 512, stream[-9:]) == (9, b"inserted\n")
+    with pytest.raises(TarError, match="^file: .* inside the padding of its last file, at byte 521, so that"):
+        convert(f"oci:{made}", f"oci:{scratch}/estargz:v1", compression="estargz")
+
+
+@pytest.mark.parametrize("second", COMPRESSIONS)
+@pytest.mark.parametrize("first", COMPRESSIONS)
+def test_a_layer_of_no_bytes(first: str, second: str, peer: Path, scratch: Path) -> None:
+    write_layout(scratch / "source", one_layer(compressed_elsewhere(b"", first, peer, scratch), first), "v1")
+    done = convert(f"oci:{scratch}/source:v1", f"oci:{scratch}/there:v2", compression=second)
+    check_layer(scratch / "there", read_json(scratch / "there", done.descriptor.digest), second, peer)
+    back = convert(f"oci:{scratch}/there:v2", f"oci:{scratch}/back:v3", compression="uncompressed")
+    assert read_json(scratch / "back", back.descriptor.digest)["layers"][0]["digest"] == sha256(b"")
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)

@@ -25,7 +25,7 @@ import pytest
 import zstandard
 from conftest import missing
 from reference.blobs import legacy_footer, member, tar_of, toc_tar
-from reference.peer import report
+from reference.peer import report, run
 from reference.tar_headers import meta, padded, pax, plain_header, raw_header, record
 from tars import (
     END,
@@ -42,7 +42,7 @@ from tars import (
 )
 
 import estargz
-from estargz import Compressor, EstargzError, Layer, SinkError, SourceError, TarError, UsageError, Writer
+from estargz import BlobError, Compressor, EstargzError, Layer, SinkError, SourceError, TarError, UsageError, Writer
 from estargz.layer import MEDIA_TYPES
 
 pytestmark = pytest.mark.timeout(60)
@@ -505,56 +505,161 @@ def test_one_zero_block_followed_by_data() -> None:
     refused(bytes(512) + b"x" * 512, "a single zero block followed by data, at byte 512")
 
 
-@pytest.mark.parametrize("data", [b"", member(b""), zstd(b"")])
-def test_empty_input(tmp_path: Path, data: bytes) -> None:
-    message = "the tar stream ends too early, at byte 0; the input is truncated"
-    (tmp_path / "empty").write_bytes(data)
-    with nothing_leaks(), pytest.raises(TarError, match=message):
-        blob_of(tmp_path / "empty")
-    with pytest.raises(TarError, match=message):
-        blob_of(data)
+# --- streams that end early
 
 
-def test_writer_without_input() -> None:
-    message = "the tar stream ends too early, at byte 0; the input is truncated"
+LAYER_OF: dict[str, Callable[[bytes], bytes]] = {
+    "uncompressed": lambda blob: blob,
+    "gzip": lambda blob: subprocess.run(["gzip", "-dc"], input=blob, capture_output=True, check=True).stdout,
+    "zstd": lambda blob: subprocess.run(["zstd", "-dc"], input=blob, capture_output=True, check=True).stdout,
+}
+EMPTY = {"nothing": b"", "gzip": member(b""), "zstd": zstd(b"")}
+
+
+@pytest.mark.parametrize("compression", LAYER_OF)
+@pytest.mark.parametrize("kind", EMPTY)
+def test_empty_input(tmp_path: Path, kind: str, compression: str) -> None:
+    (tmp_path / "empty").write_bytes(EMPTY[kind])
+    with nothing_leaks():
+        layer, blob = blob_of(tmp_path / "empty", compression=compression)
+    assert blob_of(EMPTY[kind], compression=compression, threads=3) == (layer, blob)
+    assert LAYER_OF[compression](blob) == b""
+    assert (layer.uncompressed_size, layer.diff_id, layer.tar_digest) == (0, sha256(b""), sha256(b""))
+
+
+@pytest.mark.parametrize("kind", EMPTY)
+def test_empty_input_as_estargz(tmp_path: Path, peer: Path, kind: str) -> None:
+    """All of it is as Go makes it; but only this package's reader can unpack a blob that begins with its table."""
+    (tmp_path / "empty").touch()
+    theirs = report(peer, "blob", "-how", "lossless", tmp_path / "empty", tmp_path / "theirs")
+    with nothing_leaks():
+        layer, blob = blob_of(EMPTY[kind])
+    assert (layer.diff_id, layer.toc_digest) == (theirs["diff_id"], theirs["toc_digest"])
+    assert (layer.uncompressed_size, layer.tar_digest) == (theirs["uncompressed_size"], sha256(b""))
+    (tmp_path / "ours").write_bytes(blob)
+    assert judge(peer, tmp_path / "ours", layer)["entries"] == 0
+    assert gzip.decompress(blob) == gzip.decompress((tmp_path / "theirs").read_bytes())
+    for name in ("ours", "theirs"):
+        with estargz.open(tmp_path / name) as opened:
+            assert (opened.toc_offset, len(opened.toc), opened.open_tar().read()) == (0, 0, b"")
+        assert estargz.verify(tmp_path / name, diff_id=layer.diff_id, strict=True).errors == ()
+        assert blob_of(tmp_path / name) == (layer, blob)
+        assert blob_of(tmp_path / name, compression="gzip") == blob_of(b"", compression="gzip")
+
+
+def test_empty_input_with_a_prefetch_list(tmp_path: Path, peer: Path) -> None:
+    layer, blob = blob_of(b"", prefetch=["gone"], allow_missing=True)
+    (tmp_path / "blob").write_bytes(blob)
+    assert (layer.missing, judge(peer, tmp_path / "blob", layer)["files"]) == (("gone",), 1)
+    assert unpacked(peer, tmp_path / "blob").startswith(b".prefetch.landmark\0")
+
+
+@pytest.mark.parametrize("compression", [*LAYER_OF, "estargz"])
+def test_writer_without_input(compression: str) -> None:
+    wanted = blob_of(b"", compression=compression)
     for parts in ([], [b""], [b"", b""]):
-        writer = Writer(io.BytesIO())
-        for part in parts:
-            writer.write(part)
-        with pytest.raises(TarError, match=message):
-            writer.close()
+        sink = io.BytesIO()
+        with nothing_leaks(), Writer(sink, compression=compression) as writer:
+            for part in parts:
+                writer.write(part)
+        assert (writer.layer, sink.getvalue()) == wanted
 
 
-def borders(tar: bytes) -> set[int]:
-    """Where a stream may end: between entries, and anywhere behind the second zero block."""
-    found, at = set(), 0
-    pending = False
+def places(tar: bytes) -> tuple[set[int], set[int]]:
+    """Where a stream may end: between entries and anywhere behind the second zero block; and in a payload's padding."""
+    borders, paddings, at, pending = {0}, set(), 0, False
     while at < len(tar):
-        if not pending and at:
-            found.add(at)
         header = tar[at : at + 512]
         if not header.strip(b"\0"):
-            return found | {at + 512} | set(range(at + 1024, len(tar) + 1))
+            return borders | {at + 512} | set(range(at + 1024, len(tar) + 1)), paddings
         pending = header[156:157] in b"xLK"
-        size = int(header[124:135], 8)
-        at += 512 + size + -size % 512
-    return found | {len(tar)}
+        payload_end = at + 512 + int(header[124:135], 8)
+        at = payload_end + -payload_end % 512
+        if not pending:
+            borders.add(at)
+            paddings |= set(range(payload_end, at))
+    return borders, paddings
 
 
 @pytest.mark.parametrize("kind", ["plain", "gzip"])
 def test_truncation_anywhere(kind: str) -> None:
-    """Only a tar that ends between two entries can be whole."""
+    """A tar may end between two entries; in a payload's padding only where no table of contents is to follow."""
     tar = SMALL + b"tail"
-    allowed = borders(tar)
-    for cut in range(1, len(tar)):
+    borders, paddings = places(tar)
+    for cut in range(len(tar)):
         data = tar[:cut] if kind == "plain" else member(tar[:cut])
-        if cut in allowed:
+        if cut in borders | paddings:
             assert blob_of(data, threads=1, compression="uncompressed")[1] == tar[:cut]
+        if cut in borders:
             continue
-        with pytest.raises(TarError) as caught:
-            estargz.build(io.BytesIO(data), io.BytesIO(), threads=1)
-        assert "ends too early, at byte" in str(caught.value) or "without an entry, at byte" in str(caught.value)
-    assert 0 not in allowed
+        for compression in ("estargz", "uncompressed"):
+            if cut in paddings and compression != "estargz":
+                continue
+            with pytest.raises(TarError) as caught:
+                estargz.build(io.BytesIO(data), io.BytesIO(), threads=1, compression=compression)
+            message = str(caught.value)
+            assert ("inside the padding of its last file, at byte" in message) == (cut in paddings)
+            assert cut in paddings or "ends too early, at byte" in message or "without an entry, at byte" in message
+
+
+def test_truncation_as_go_sees_it(tmp_path: Path, peer: Path) -> None:
+    """Go passes over extended headers that lack their entry or their end, so there is none here."""
+    tar = entry(b"a", b"x" * 700) + entry(b"b/", type=b"5") + entry(b"b/c", b"y") + END
+    borders, paddings = places(tar)
+    edges = {cut + by for cut in borders | {min(paddings), max(paddings)} for by in (-1, 0, 1)}
+    for cut in sorted((edges | set(range(0, len(tar), 201))) & set(range(len(tar)))):
+        (tmp_path / "tar").write_bytes(tar[:cut])
+        theirs = subprocess.run([peer, "tarlist", tmp_path / "tar"], capture_output=True, check=False)
+        assert (theirs.returncode == 0) == (cut in borders | paddings), (cut, theirs.stderr)
+
+
+HALF = entry(b"first", b"x" * 3000) + entry(b"last", RNG.randbytes(2_500_001))
+PADDING = -2_500_001 % 512
+
+
+@pytest.mark.parametrize("left", [0, 1, PADDING - 1])
+@pytest.mark.parametrize("compression", LAYER_OF)
+def test_half_a_padding(compression: str, left: int) -> None:
+    tar = HALF[: len(HALF) - PADDING + left]
+    layer, blob = blob_of(tar, compression=compression, threads=1)
+    assert LAYER_OF[compression](blob) == tar
+    assert (layer.uncompressed_size, layer.diff_id, layer.tar_digest) == (len(tar), sha256(tar), sha256(tar))
+    for source in (member(tar), zstd(tar), Trickle(tar, 1)):
+        assert blob_of(source, compression=compression, threads=3) == (layer, blob)
+    sink = io.BytesIO()
+    with Writer(sink, compression=compression) as writer:
+        for at in range(0, len(tar), 70_001):
+            writer.write(tar[at : at + 70_001])
+    assert (writer.layer, sink.getvalue()) == (layer, blob)
+
+
+@pytest.mark.parametrize("left", [0, PADDING - 1])
+def test_half_a_padding_takes_no_table(tmp_path: Path, left: int) -> None:
+    tar = HALF[: len(HALF) - PADDING + left]
+    message = (
+        f"^last: .* inside the padding of its last file, at byte {len(tar)}, so that .* cannot follow; make it a whole"
+    )
+    (tmp_path / "tar").write_bytes(tar)
+    for source in (tmp_path / "tar", io.BytesIO(tar), io.BytesIO(member(tar))):
+        for options in ({}, {"prefetch": ["last"]}):
+            with nothing_leaks(), pytest.raises(TarError, match=message):
+                estargz.build(source, tmp_path / "blob", **options)
+            if not isinstance(source, Path):
+                source.seek(0)
+    writer = Writer(tmp_path / "blob")
+    writer.write(tar)
+    with pytest.raises(TarError, match=message):
+        writer.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["tar"]
+    assert blob_of(tar + bytes(PADDING - left))[0].tar_digest == sha256(HALF)
+
+
+def test_half_a_padding_in_front_of_a_table(tmp_path: Path, peer: Path) -> None:
+    """Go's writer drops such a padding and lets its table follow at once, where no reader of tars finds it."""
+    (tmp_path / "tar").write_bytes(HALF[:-1])
+    run(peer, "blob", "-how", "lossless", tmp_path / "tar", tmp_path / "blob")
+    with pytest.raises(BlobError, match="last: the tar stream ends inside the padding of its last file"):
+        estargz.verify(tmp_path / "blob")
 
 
 def test_truncation_names_the_entry() -> None:

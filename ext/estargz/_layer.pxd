@@ -73,6 +73,8 @@ cdef class LayerBuilder:
     cdef uint8_t *chunk_space(self, int64_t chunk_offset, size_t size, int64_t file_size) noexcept nogil
     cdef int end_payload(self, int64_t size) noexcept nogil
     cdef void close_member(self) noexcept nogil
+    cdef void close_stream(self) noexcept nogil
+    cdef void add_member(self) noexcept nogil
     cdef int new_member(self, size_t room) noexcept nogil
     cdef int add_row(self, const tar_entry *entry) noexcept nogil
     cdef int keep_name(self, uint8_t kind, int64_t identity, const uint8_t *name, uint32_t size) noexcept nogil
@@ -87,6 +89,7 @@ cdef class LayerBuilder:
     cdef int take_block(self) noexcept nogil
     cdef int take_toc(self) noexcept nogil
     cdef int input_failed(self, int code) noexcept nogil
+    cdef int end_tar(self) noexcept nogil
 
     cdef int write_toc(self) noexcept nogil
     cdef int64_t toc_size(self, buffer *text) noexcept nogil

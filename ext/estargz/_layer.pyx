@@ -25,7 +25,7 @@ from estargz._memory cimport buffer, buffer_append, buffer_free, map_free, map_i
 from estargz._pipeline cimport BATCH_PIECE, STAGE_TOC, Pipeline, batch, chunk_span, file_fill, member_span, set_failure
 from estargz._rows cimport (
     EST_CANCELLED, EST_NO_MEMORY, EST_OK, EST_READ, EST_RESERVED_NAME, EST_SHRANK, EST_SINK, EST_TAR_DANGLING_META,
-    EST_TAR_LONE_ZERO, EST_TAR_TRUNCATED, tar_entry, toc_row,
+    EST_TAR_HALF_PADDING, EST_TAR_LONE_ZERO, EST_TAR_TRUNCATED, tar_entry, toc_row,
 )
 from estargz._sha256 cimport sha256_job, sha256_run
 from estargz._tar cimport (
@@ -167,13 +167,22 @@ cdef class LayerBuilder:
         return code
 
     cdef void close_member(self) noexcept nogil:
+        if self.current.raw_size > self.member_at:
+            self.add_member()
+
+    cdef void close_stream(self) noexcept nogil:
+        """Closes the last member. A stream of no bytes is one too, unless a table follows: a blob of none is no gzip."""
+        self.close_member()
+        if not (self.indexed or self.current.number or self.current.raw_size):
+            self.add_member()
+
+    cdef void add_member(self) noexcept nogil:
         cdef member_span span
         span.raw_at = self.member_at
         span.raw_end = self.current.raw_size
         span.out_end = 0
-        if span.raw_end > span.raw_at:
-            if not buffer_append(&self.current.members, &span, sizeof(span)):
-                self.failure.code = EST_NO_MEMORY
+        if not buffer_append(&self.current.members, &span, sizeof(span)):
+            self.failure.code = EST_NO_MEMORY
         self.member_at = self.current.raw_size
 
     cdef int new_member(self, size_t room) noexcept nogil:
@@ -509,31 +518,44 @@ cdef class LayerBuilder:
         return EST_OK
 
     def end_feed(self):
-        """The tar stream's end: TarError if it is truncated."""
-        cdef int code = EST_OK
+        """The tar stream's end: TarError where it is truncated, or where a table of contents cannot follow."""
+        cdef int code
         self.take()
         try:
             if self.toc_seen:
                 return
             with nogil:
-                if self.target == NULL and self.landmark_row >= 0:
-                    pass    # nothing was left to come behind the landmark
-                elif self.target == NULL or not (self.input_offset or self.target_filled):
-                    code = self.input_failed(EST_TAR_TRUNCATED)
-                elif self.expecting == EXPECT_TRAILER or (self.expecting == EXPECT_BLOCK and not self.target_filled):
-                    if self.parser.pending:
-                        code = self.input_failed(EST_TAR_DANGLING_META)
-                    if self.hidden_at < 0 and not is_zero(self.target, self.target_filled):
-                        self.hidden_at = self.input_offset
-                    self.current.raw_size -= self.target_size - self.target_filled
-                    self.run -= self.target_size - self.target_filled
-                else:
-                    self.input_offset += self.target_filled
-                    code = self.input_failed(EST_TAR_TRUNCATED)
+                code = self.end_tar()
             if code:
                 self.raise_failure()
         finally:
             self.leave()
+
+    cdef int end_tar(self) noexcept nogil:
+        """Gives back the room of what did not come, where a tar may end."""
+        cdef size_t missing
+        if self.target == NULL:
+            if self.landmark_row >= 0:
+                return EST_OK       # nothing was left to come behind the landmark
+            if self.expect(EXPECT_BLOCK, BLOCK):
+                return EST_CANCELLED
+        missing = self.target_size - self.target_filled
+        if self.expecting == EXPECT_PADDING:
+            # What follows in an eStargz layer are blocks, which a reader of tars finds at a block's border only.
+            if self.keep_rows:
+                self.input_offset += self.target_filled
+                return self.input_failed(EST_TAR_HALF_PADDING)
+        elif self.expecting == EXPECT_TRAILER:
+            if self.hidden_at < 0 and not is_zero(self.target, self.target_filled):
+                self.hidden_at = self.input_offset
+        elif self.expecting != EXPECT_BLOCK or self.target_filled:
+            self.input_offset += self.target_filled
+            return self.input_failed(EST_TAR_TRUNCATED)
+        elif self.parser.pending:
+            return self.input_failed(EST_TAR_DANGLING_META)
+        self.current.raw_size -= missing
+        self.run -= missing
+        return EST_OK
 
     cdef int input_failed(self, int code) noexcept nogil:
         return self.set_failure(code, 0, self.input_offset, self.parser.entry.name, self.parser.entry.name_len)
@@ -673,7 +695,7 @@ cdef class LayerBuilder:
         try:
             with nogil:
                 if self.current != NULL:
-                    self.close_member()
+                    self.close_stream()
                 if self.current != NULL and not self.failure.code:
                     self.pipeline.submit(self.current)
                     self.current = NULL

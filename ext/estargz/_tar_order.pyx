@@ -15,7 +15,8 @@ from libc.string cimport memcmp, memcpy, memset, strlen
 from estargz._layer cimport LayerBuilder
 from estargz._memory cimport buffer, buffer_append, buffer_free, buffer_reserve, byte_map, map_find, map_free, map_insert, map_slot
 from estargz._rows cimport (
-    EST_CANCELLED, EST_NO_MEMORY, EST_OK, EST_READ, EST_SHRANK, EST_TAR_DANGLING_META, EST_TAR_LONE_ZERO, EST_TAR_TRUNCATED,
+    EST_CANCELLED, EST_NO_MEMORY, EST_OK, EST_READ, EST_SHRANK, EST_TAR_DANGLING_META, EST_TAR_HALF_PADDING, EST_TAR_LONE_ZERO,
+    EST_TAR_TRUNCATED,
 )
 from estargz._tar cimport (
     TAR_ENTRY, TAR_META, TAR_ZERO, tar_parse_block, tar_parse_meta, tar_parser, tar_parser_free, tar_parser_init,
@@ -249,8 +250,6 @@ cdef class TarOrder:
         cdef const uint8_t *block
         cdef int64_t size
         cdef int found, code
-        if self.begin == self.end:
-            return self.failed(EST_TAR_TRUNCATED, at)
         while at < self.end:
             if not self.builder.attend():
                 return self.builder.set_failure(EST_CANCELLED, 0, -1, NULL, 0)
@@ -266,8 +265,10 @@ cdef class TarOrder:
                 return self.scan_tail(first)
             at += BLOCK
             size = self.parser.meta_size if found == TAR_META else self.parser.entry.size
-            if size > self.end - at or padded(size) > self.end - at:
+            if size > self.end - at:
                 return self.failed(EST_TAR_TRUNCATED, self.end)
+            if padded(size) > self.end - at:
+                return self.failed(EST_TAR_HALF_PADDING if found == TAR_ENTRY else EST_TAR_TRUNCATED, self.end)
             if found == TAR_META:
                 block = self.read_at(at, size) if size else block
                 if block == NULL:

@@ -33,6 +33,7 @@ enum est_status {
     EST_TAR_TRUNCATED = -36,
     EST_TAR_LONE_ZERO = -37,  /* one zero block followed by data */
     EST_TAR_DANGLING_META = -38, /* PAX or long-name header without an entry after it */
+    EST_TAR_HALF_PADDING = -39, /* ends inside the padding of a file that is whole, where blocks are to follow */
 
     /* output */
     EST_WRITE = -50,          /* est_failure.sys_errno says why */

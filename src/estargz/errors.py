@@ -141,6 +141,12 @@ _STATUS: dict[int, tuple[type[EstargzError], str, str]] = {
     -36: (TarError, "{name}: the tar stream ends too early, at byte {offset}", "the input is truncated; fetch it again"),
     -37: (TarError, "a single zero block followed by data, at byte {offset}", "the input is damaged; make the tar again"),
     -38: (TarError, "{name}: extended header without an entry, at byte {offset}", "the input is damaged; make the tar again"),
+    -39: (
+        TarError,
+        "{name}: the tar stream ends inside the padding of its last file, at byte {offset}, so that a table of contents "
+        "cannot follow",
+        "make it a whole tar first, or use --compression gzip",
+    ),
     -50: (SinkError, "{name}: cannot be written: {cause}", "free some space or check the destination"),
     -52: (EstargzError, "the compressor failed at byte {offset}", "this is a defect of estargz or its libraries"),
     -55: (

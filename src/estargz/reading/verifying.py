@@ -42,7 +42,7 @@ from estargz.reading.content import AHEAD_SIZE, Contents, RegularFile
 from estargz.reading.findings import Finding, Findings, families
 from estargz.reading.footer import footer_of
 from estargz.reading.members import MemberReader
-from estargz.reading.scan import ROW_FIELDS, Ending, Scan, scan_tar
+from estargz.reading.scan import Scan, scan_tar
 from estargz.reading.source import Readable, Source, Window, blob_errors, open_source
 from estargz.reading.strict import examine
 from estargz.reading.toc import go_text, modtime_seconds, owners
@@ -160,7 +160,7 @@ def _verify_blob(blob: Blob, diff_id: str | None, threads: int, required: frozen
     members = MemberReader(blob) if required is not None else None
     stream = _Ahead(members or blob.open_tar())
     with ThreadPoolExecutor(1, "estargz-scan") as pool, stream:
-        scanning = pool.submit(_scan, stream, blob.toc_offset)
+        scanning = pool.submit(_scan, stream)
         if blob.kernel_source is None:
             _check_distant(blob, work)
         elif (failure := check_chunks(blob.kernel_source, work.jobs, threads)) is not None:
@@ -343,9 +343,7 @@ class _Ahead:
         return data
 
 
-def _scan(stream: _Ahead, compressed: int) -> Scan:
-    if compressed == 0:  # made of a tar of no bytes at all, which is no tar by itself
-        return Scan(np.empty(0, ROW_FIELDS), b"", sha256(b""), 0, Ending(-1, 0, -1))
+def _scan(stream: _Ahead) -> Scan:
     scan = scan_tar(stream)
     if stream.read(1):
         raise BlobError("the tar scan stopped before the end of the stream")

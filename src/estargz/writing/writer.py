@@ -88,7 +88,7 @@ class Writer:
         """Ends the stream, writes the table of contents, and returns what was made. Calling it again returns the same.
 
         Raises:
-            TarError: the stream is truncated.
+            TarError: the stream is truncated; or, as eStargz, ends inside the padding of its last file.
             SinkError: the destination cannot be written; or whatever its own ``write`` raised.
         """
         if self._layer is not None:
