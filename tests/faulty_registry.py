@@ -542,9 +542,16 @@ def cutting_proxy(upstream: str) -> Iterator[CuttingProxy]:
         proxy.close()
 
 
-def never(exchange: Exchange) -> None:
+def never(exchange: Exchange, milliseconds: int = 1500) -> None:
     """A fault: no answer, for longer than anybody waits."""
     gone = select.poll()
     gone.register(exchange.handler.connection, select.POLLRDHUP)
-    gone.poll(1500)  # milliseconds; what a client has left unsent may hide that it has gone
+    gone.poll(milliseconds)  # what a client has left unsent may hide that it has gone
     exchange.hang_up()
+
+
+def stuck(exchange: Exchange) -> None:
+    """A fault: takes all, and gives no answer before the client goes."""
+    for _ in exchange.body():
+        pass
+    never(exchange, 20_000)

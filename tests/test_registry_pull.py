@@ -10,6 +10,7 @@ import shutil
 import ssl
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -300,6 +301,56 @@ def test_a_lazy_source(registry: FaultyRegistry) -> None:
         registry.token_uses = 1  # each token is refused at its second use, and replaced
         for offset in range(0, 600_000, 200_000):
             assert source.read_at(offset, 1000) == DATA[offset : offset + 1000]
+
+
+# --- deadlines
+
+
+def test_a_blob_that_trickles(registry: FaultyRegistry) -> None:
+    """Bytes gain time, but few gain little; and a trickle is no progress that many attempts would be spent on."""
+
+    def trickle(exchange: Exchange) -> None:
+        exchange.handler.send_response(200)
+        exchange.handler.send_header("Content-Length", str(len(DATA)))
+        exchange.handler.end_headers()
+        for at in range(1000):
+            exchange.handler.wfile.write(DATA[at : at + 1])
+            time.sleep(0.02)
+
+    registry.fault("GET .*/blobs/", *[trickle] * 20)
+    registry.ranges = False
+    began = time.monotonic()
+    with Registries(deadline=0.2, timeout=5, sleep=Pauses()) as registries:
+        with pytest.raises(RegistryError, match="not done in time, after 5 attempts"):
+            content(repository_of(registries, registry.host))
+        registry.faults[4:] = []
+        registry.fault("GET .*/blobs/", *[trickle] * 20)
+        with pytest.raises(RegistryError, match="not done in time, after 5 attempts"):
+            repository_of(registries, registry.host).read_at(LAYER_OF_DATA, 100_000, 10)  # while others are skipped
+    assert time.monotonic() - began < 10
+
+
+def test_a_blob_that_is_large(registry: FaultyRegistry) -> None:
+    """It may take longer than the deadline by what it has, and by what whoever reads it does in between."""
+
+    def steady(exchange: Exchange) -> None:
+        exchange.send(200, {"Content-Length": len(DATA)})
+        for at in range(0, len(DATA), 100_000):
+            exchange.handler.wfile.write(DATA[at : at + 100_000])
+            time.sleep(0.02)
+
+    registry.fault("GET .*/blobs/", steady, registry.usual)
+    with nothing_leaks(), Registries(deadline=0.2) as registries:
+        repository = repository_of(registries, registry.host)
+        assert content(repository) == DATA
+        with repository.open(LAYER_OF_DATA) as reader:
+            parts = []
+            while part := reader.read(1_000_000):
+                parts.append(part)
+                if len(parts) < 3:
+                    time.sleep(0.3)
+        assert b"".join(parts) == DATA
+    assert len(registry.requests("GET .*/blobs/")) == 2
 
 
 # --- schemes and hosts

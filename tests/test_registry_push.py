@@ -29,6 +29,7 @@ from tars import nothing_leaks
 
 from estargz.errors import ImageError, RegistryError, UploadBrokenError, UsageError, VerificationError
 from estargz.image.model import OCI_MANIFEST, Descriptor
+from estargz.image.reference import Reference
 from estargz.registry.client import Registries
 from estargz.registry.repository import Repository
 
@@ -512,6 +513,34 @@ def test_manifests_that_fail(registry: FaultyRegistry, app: Repository) -> None:
     registry.fault("PUT ", lambda exchange: (list(exchange.body()), exchange.send(201, lies)))
     with pytest.raises(VerificationError, match="the registry stored"):
         app.put_manifest(OCI_MANIFEST, MANIFEST)
+
+
+@pytest.mark.parametrize(
+    "tag", ["../../victim/manifests/x", "..", "a/b", "a?b", "a#b", "a%2fb", ".a", "", "a b", 129 * "a"]
+)
+def test_tags_that_are_none(registry: FaultyRegistry, app: Repository, tag: str) -> None:
+    """They would lead to something else, of another repository even."""
+    with pytest.raises(UsageError, match="is no tag"):
+        app.put_manifest(OCI_MANIFEST, MANIFEST, ["good", tag])
+    assert registry.seen == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"repository": "app/../x"}, {"repository": "a?b"}, {"repository": "app", "tag": "../x"}, {"digest": "../x"}],
+)
+def test_references_made_by_hand(registry: FaultyRegistry, wrong: dict[str, str]) -> None:
+    reference = Reference("docker", **{"host": registry.host, "repository": "app", **wrong})
+    with Registries() as registries, pytest.raises(UsageError, match="names no image"):
+        registries.repository(reference)
+
+
+@pytest.mark.parametrize("digest", ["sha256:../../x", "", "sha256:" + 64 * "0" + "&x=y"])
+def test_digests_that_are_none(registry: FaultyRegistry, app: Repository, digest: str) -> None:
+    with app.upload() as upload, pytest.raises(ImageError, match="is no digest"):
+        upload.write(b"x")
+        upload.commit(digest, 1)
+    assert methods(registry) == ["POST", "DELETE"]
 
 
 # --- many drops

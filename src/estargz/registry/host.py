@@ -62,7 +62,6 @@ _PIECE = 1 << 18  # bytes that are sent between two looks at the clock
 _MAX_ANSWER = 1 << 20  # bytes of an answer that is no content
 _MAX_ERROR = 1 << 16
 _HUB_SERVER = "registry-1.docker.io"
-_PATH = re.compile(r"blobs/uploads/|(?:blobs|manifests)/[A-Za-z0-9_][A-Za-z0-9_.:+=-]*")
 _TLS_MISSING = {301, 302, 307, 308, 400}  # what is said to who speaks plain HTTP where TLS is meant
 
 _REMEDIES = {
@@ -476,11 +475,11 @@ class Requests:
             requests.close()
 
     def url(self, path: str) -> Url:
-        """Of something in the repository, with its query. Raises Failure when the registry cannot be reached, UsageError for a
-        path that leads out of the repository."""
+        """Of something in the repository, with its query. Raises Failure when the registry cannot be reached.
+
+        path:  is made of what has been checked: digests, tags, and names of repositories
+        """
         path, _, query = path.partition("?")
-        if not _PATH.fullmatch(path):
-            raise UsageError(f"{self.name}: {path[:200]!r} is nothing that a repository has; check digest and tag")
         home = self.host.home(self)
         return home._replace(path=f"/v2/{self.repository}/{path}", query=query or None)
 

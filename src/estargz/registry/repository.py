@@ -16,7 +16,6 @@ from estargz.image.model import (
     OCI_INDEX,
     OCI_MANIFEST,
     Descriptor,
-    check_digest,
     decode,
     digest_of,
     is_index,
@@ -209,7 +208,7 @@ class Repository:
         try:
             answer = requests.ask(
                 "POST",
-                f"blobs/uploads/?mount={check_digest(descriptor.digest)}&from={origin.repository}",
+                f"blobs/uploads/?mount={descriptor.digest}&from={origin.repository}",
                 f"mount {descriptor.digest}",
                 ok={201, 202},
                 scopes=(*requests.scopes("pull,push"), *origin.scopes("pull")),

@@ -19,7 +19,7 @@ from urllib3.util import Url
 
 from estargz.errors import EstargzError, RegistryError, UploadBrokenError, UsageError, VerificationError
 from estargz.http import Failure, parse, printable
-from estargz.image.model import Descriptor, check_digest
+from estargz.image.model import Descriptor
 from estargz.image.store import BlobReader
 from estargz.registry.host import Answer, Body, Requests, SourceFailure
 
@@ -325,10 +325,9 @@ class Upload:
     def commit(self, digest: str, size: int) -> None:
         """Raises UploadBrokenError, RegistryError, VerificationError."""
         self._check_open()
-        check_digest(digest)
+        descriptor = Descriptor(_OCTETS, digest, size)  # which checks the digest
         if size != self._written:
             raise VerificationError(f"{self._requests.name}: {self._written} bytes were written of a blob of {size}")
-        descriptor = Descriptor(_OCTETS, digest, size)
         if self._sending is None and self._whole:
             put_blob(self._requests, descriptor, lambda: _InMemory(self._filling), self._session)
         else:
