@@ -451,6 +451,29 @@ def test_certificates_of_a_host(
         assert content(repository_of(registries, secure.host)) == DATA
 
 
+def test_certificates_that_are_shown(certificate: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate.parent / "both.pem")
+    context.load_verify_locations(certificate)
+    context.verify_mode = ssl.CERT_REQUIRED
+    monkeypatch.setattr("estargz.registry.client._CERTIFICATES", (str(tmp_path),))
+    with faulty_registry(tls=context) as registry:
+        registry.put("app", DATA)
+        (tmp_path / registry.host).mkdir()
+
+        def pull() -> bytes:
+            with Registries(ca_file=str(certificate), sleep=Pauses(), timeout=5) as registries:
+                return content(repository_of(registries, registry.host))
+
+        with pytest.raises(RegistryError, match="the connection broke|TLS failed"):
+            pull()
+        shutil.copy(certificate, tmp_path / registry.host / "me.cert")
+        with pytest.raises(UsageError, match=r"me\.cert: cannot be shown .*me\.key beside it"):
+            pull()
+        shutil.copy(certificate.parent / "both.pem", tmp_path / registry.host / "me.key")
+        assert pull() == DATA
+
+
 def test_other_references() -> None:
     with Registries() as registries, pytest.raises(UsageError, match="is in no registry"):
         registries.repository(Reference.parse("oci:dir"))

@@ -484,7 +484,7 @@ class _Abortable(_Timed):
 
 
 class Trust(NamedTuple):
-    """Whose certificates a server may have."""
+    """Whose certificates a server may have, and which ones it is shown."""
 
     ca_file: str | None = None
     """PEM; instead of the system's."""
@@ -492,6 +492,8 @@ class Trust(NamedTuple):
     """Further PEM files."""
     verify: bool = True
     """False: anybody's."""
+    shown: tuple[tuple[str, str], ...] = ()
+    """PEM files of a client's certificate and its key."""
 
 
 def check_certificates(path: str) -> None:
@@ -580,7 +582,7 @@ def _tls(trust: Trust) -> dict[str, Any]:
     if not trust.verify:
         urllib3.disable_warnings(InsecureRequestWarning)  # it was asked for
         return {"cert_reqs": "CERT_NONE"}
-    if not trust.more:
+    if not trust.more and not trust.shown:
         return {"ca_certs": trust.ca_file}
     for path in trust.more:
         check_certificates(path)
@@ -589,4 +591,10 @@ def _tls(trust: Trust) -> dict[str, Any]:
         context.load_default_certs()
     for path in filter(None, (trust.ca_file, *trust.more)):
         context.load_verify_locations(path)
+    for certificate, key in trust.shown:
+        try:
+            context.load_cert_chain(certificate, key, password="")  # one that needs a password is not asked for it
+        except OSError as error:
+            what = f"{certificate}: cannot be shown to the server: {error.strerror or error}"
+            raise UsageError(f"{what}; it needs {key} beside it, both PEM, without a password") from error
     return {"ssl_context": context}

@@ -36,7 +36,8 @@ class Registries:
     insecure:     True, or the hosts that may be spoken to without TLS, or with a certificate that nobody vouches for. TLS is
                   tried first. Loopback addresses may always be without TLS, and are asked without it first
     ca_file:      PEM file of the certificates to trust, instead of the system's. Those of /etc/docker/certs.d/HOST/*.crt and
-                  /etc/containers/certs.d/HOST/*.crt are trusted besides, for that host
+                  /etc/containers/certs.d/HOST/*.crt are trusted besides, for that host, and it is shown the *.cert there,
+                  whose key is the *.key of the same name
     timeout:      seconds that a registry may be silent
     deadline:     seconds that a request may take, without what it moves of a blob: that has a second more per 16 KiB
     parallel:     requests to one registry at once, at most. Blobs under way count only until the registry answers, or else
@@ -110,7 +111,11 @@ class Registries:
             return Trust(verify=False)
         host = url.netloc or ""
         own = [] if host.startswith(".") else [Path(place, host) for place in _CERTIFICATES]
-        return Trust(self._ca_file, tuple(str(path) for place in own for path in sorted(place.glob("*.crt"))))
+        more = tuple(str(path) for place in own for path in sorted(place.glob("*.crt")))
+        shown = tuple(
+            (str(path), str(path.with_suffix(".key"))) for place in own for path in sorted(place.glob("*.cert"))
+        )
+        return Trust(self._ca_file, more, shown=shown)
 
     def close(self) -> None:
         """Ends all connections; what is under way ends with an error. Closing twice does no harm."""
