@@ -207,6 +207,7 @@ def test_errors(tar: Path, tmp_path: Path) -> None:
     assert f"{tmp_path}/gone: cannot be opened" in refused(tmp_path / "gone", "-o", tmp_path / "blob", status=1)
     assert "blob: cannot be written: No such file" in refused(tar, "-o", tmp_path / "gone" / "blob", status=1)
     assert "cannot be written: Is a directory" in refused(tar, "-o", tmp_path, status=1)
+    assert "is empty, and a tar is not" in refused("-", "-o", tmp_path / "blob", status=1, input=b"")
     cut = entry(b"cut", b"x" * 700)[:1000]
     assert "cut: the tar stream ends too early, at byte 1000" in refused(
         "-", "-o", tmp_path / "blob", status=1, input=cut

@@ -144,6 +144,8 @@ class TarSource:
     def fill(self, builder: LayerBuilder) -> tuple[str, ...]:
         builder.input_name = self._name
         prefix = read_prefix(self._readable)
+        if not prefix and self._is_blob is None:  # more likely nobody wrote it than that it is meant
+            raise SourceError(f"{self._name}: is empty, and a tar is not; check what writes it")
         kind = detect(prefix)
         if self._priority is not None:
             return self._fill_in_order(builder, prefix, kind, self._priority)
