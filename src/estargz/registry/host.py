@@ -541,18 +541,16 @@ class Requests:
         body: Body | None = None,
         limit: int = _MAX_ANSWER,
         patience: float | None = None,
-        deadline: float | None = None,
         streams: bool = False,
     ) -> Answer:
         """The same by one attempt. Raises Failure, and SourceFailure.
 
         patience:  seconds that the registry may take until it answers, where it has much to do
-        deadline:  seconds for all of it, instead of the setting
         streams:   the body waits for others, so it must not take the place of requests that these wait for
         """
         with (
             nullcontext() if streams else self.holding(self.host.slots),
-            self._exchange(method, path, scopes, headers, body, patience, deadline) as (response, _, place),
+            self._exchange(method, path, scopes, headers, body, patience) as (response, _, place),
         ):
             if response.status not in ok:
                 raise refusal(response)
@@ -579,13 +577,11 @@ class Requests:
         headers: Mapping[str, str] | None = None,
         body: Body | None = None,
         patience: float | None = None,
-        seconds: float | None = None,
     ) -> Exchange:
         """An answer that goes to ``end`` when it is read. Raises Failure."""
         settings = self.settings
-        if seconds is None:
-            size = 0 if body is None else float("inf") if body.size is None else body.size
-            seconds = max(settings.deadline, patience or 0.0) + size / SLOWEST
+        size = 0 if body is None else math.inf if body.size is None else body.size
+        seconds = max(settings.deadline, patience or 0.0) + size / SLOWEST
         self.check_open()
         deadline = self._exchanges.begin(min(seconds, self._until - time.monotonic()))
         try:
