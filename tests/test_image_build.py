@@ -13,7 +13,6 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,9 @@ import pytest
 import sample_images as images
 from faulty_registry import Pauses, cutting_proxy, faulty_registry
 from registry import registry
-from sample_images import FILES, OCI_TYPES, image, several_platforms, sha256, tar_of, write_layout
+from sample_images import FILES, image, several_platforms, sha256, tar_of, write_layout
 from test_image_convert import TOC_DIGEST, inflated, read_blob, read_json
 
-from estargz.cli import main
 from estargz.errors import ChangedError, ImageError, SourceError, UploadBrokenError, UsageError
 from estargz.image.export import Exported
 from estargz.image.image import Image
@@ -459,95 +457,3 @@ def test_nothing_to_do_is_an_error(scratch: Path) -> None:
         made.export("type=image,name=a,store=false")
     with pytest.raises(UsageError, match="by its name"):
         made.export("type=image")
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# commands
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Runs a command: its exit status, and what it says."""
-
-    def run_command(*arguments: object) -> tuple[int, str, str]:
-        status = main([str(argument) for argument in arguments])
-        return status, *capfd.readouterr()
-
-    return run_command
-
-
-def test_the_command_builds(scratch: Path, run: Callable[..., tuple[int, str, str]]) -> None:
-    tree(scratch / "lower", {"a": b"1"})
-    tree(scratch / "a,b", {"a": b"1", "b": b"2"})
-    write_layout(scratch / "base", image(), "v1")
-    status, out, err = run(
-        *("image", "build", "--from", f"oci:{scratch}/base:v1", "--layer", f'"{scratch}/a,b",lower={scratch}/lower'),
-        *("--entrypoint", '["/bin/sh", "-c"]', "--cmd", "echo 'a b'", "--env", "A=1", "--label", "l=m", "--user", "1"),
-        *(
-            "--output",
-            f"type=oci,tar=false,dest={scratch}/out,name=x:1,compression=estargz",
-            "--progress",
-            "json",
-            "--json",
-        ),
-    )
-    assert status == 0, err
-    result = json.loads(out)
-    assert [layer["action"] for layer in result["layers"]] == ["copied", "copied", "built"]
-    manifest = read_json(scratch / "out", result["digest"])
-    config = read_json(scratch / "out", manifest["config"]["digest"])["config"]
-    assert (config["Entrypoint"], config["Cmd"], config["User"]) == (["/bin/sh", "-c"], ["echo", "a b"], "1")
-    assert names_in(scratch / "out", manifest["layers"][2]) == {".no.prefetch.landmark", "b"}
-    events = [json.loads(line) for line in err.splitlines()]
-    assert {event["number"] for event in events if event["finished"]} == {0, 1, 2}
-
-
-def test_the_command_converts(scratch: Path, run: Callable[..., tuple[int, str, str]]) -> None:
-    write_layout(scratch / "source", several_platforms(), "v1")
-    status, out, _ = run(
-        *(
-            "convert",
-            f"oci:{scratch}/source:v1",
-            f"oci:{scratch}/there:v1",
-            "--compression",
-            "estargz",
-            "--cache",
-            scratch / "cache",
-        )
-    )
-    assert status == 0
-    result = json.loads(out)
-    assert [one["platform"] for one in result["images"]] == ["linux/amd64", "linux/arm64"]
-    assert result["mediaType"] == OCI_TYPES["index"]
-    status, out, _ = run("cache", "ls", "--cache", scratch / "cache", "--json")
-    assert (status, len(out.splitlines())) == (0, 3)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        (["convert", "alpine", "oci:x"], "is docker://alpine meant?"),
-        (["convert", "oci:x:1", "oci:y:1", "--platform", "a/b", "--all-platforms"], "either --platform or"),
-        (["convert", "oci:x:1", "oci:y:1", "--compression", "zstd", "--level", "20"], "from 0 to 19"),
-        (["image", "build", "--layer", "x,lowr=y", "--output", "type=oci,dest=z"], "'lowr=y' is not known"),
-        (["image", "build", "--output", "type=oci,dst=z"], "dest= meant?"),
-        (["image", "build", "--env", "A", "--output", "type=oci,dest=z"], "--env KEY=VALUE"),
-        (["image", "build", "--cmd", '["a", 1]', "--output", "type=oci,dest=z"], "no array of texts"),
-        (["image", "build", "--entrypoint", "a 'b", "--output", "type=oci,dest=z"], "No closing quotation"),
-        (["image", "build", "--platform", "amd64", "--output", "type=oci,dest=z"], "OS/ARCHITECTURE"),
-        (["image", "build", "--output", "type=oci,compression=estargz,oci-mediatypes=false,dest=z"], "needs OCI"),
-    ],
-)
-def test_wrong_usage(arguments: list[str], text: str, run: Callable[..., tuple[int, str, str]]) -> None:
-    status, out, err = run(*arguments)
-    assert (status, out) == (2, "")
-    assert text in err
-
-
-def test_an_archive_on_standard_output(scratch: Path) -> None:
-    source = tree(scratch / "one", {"a": b"1"})
-    command = [sys.executable, "-m", "estargz", "image", "build", "--layer", source, "--output", "type=oci,name=x:1"]
-    done = subprocess.run(command, capture_output=True, check=True)
-    (scratch / "image.tar").write_bytes(done.stdout)
-    subprocess.run(["skopeo", "inspect", f"oci-archive:{scratch}/image.tar"], capture_output=True, check=True)
-    assert json.loads(done.stderr)["mediaType"] == OCI_TYPES["manifest"]
