@@ -333,6 +333,15 @@ def test_prefetching_needs_an_order(scratch: Path) -> None:
     made.export(f"type=local,dest={scratch}/files")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"exposed_ports": [port]} for port in ("abc", "0", "65536", "90-80", "80/icmp", "")] + [{"volumes": [""]}],
+)
+def test_settings_that_mean_nothing(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="is no port|a volume is a path"):
+        Image.new("linux/amd64").config(**options)
+
+
 def test_what_nobody_could_read_is_not_written(scratch: Path) -> None:
     made = Image.new("linux/amd64").config(env={"A": "x" * (5 << 20)})
     with pytest.raises(ImageError, match="over the limit of 4194304"):

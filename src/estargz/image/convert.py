@@ -88,7 +88,7 @@ def convert(
     """
     form = LayerForm(compression, level, chunk_size, min_chunk_size)
     if compression is None and level is not None:
-        raise UsageError("a level is of a compression; choose one")
+        raise UsageError("a level is of a compression; give --compression with --level")
     family = _family(compression, oci_types)
     if attestations not in ATTESTATIONS:
         raise UsageError(f"attestations are to {attestations!r}: choose {', '.join(ATTESTATIONS)}")

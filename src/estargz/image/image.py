@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -138,9 +139,10 @@ class Image:
             if value is not None:
                 run[key] = value
         if exposed_ports is not None:
-            ports = [port if "/" in port else f"{port}/tcp" for port in exposed_ports]
-            run["ExposedPorts"] = {**(run.get("ExposedPorts") or {}), **{port: {} for port in ports}}
+            run["ExposedPorts"] = {**(run.get("ExposedPorts") or {}), **{_port(port): {} for port in exposed_ports}}
         if volumes is not None:
+            if not all(volumes):
+                raise UsageError("a volume is a path, not an empty text")
             run["Volumes"] = {**(run.get("Volumes") or {}), **{volume: {} for volume in volumes}}
         settings = replace(self.settings, raw={**self.settings.raw, "config": run})
         if platform is not None:
@@ -196,6 +198,13 @@ def _registries(given: Registries | None) -> tuple[Registries, Registries | None
 
     own = Registries()
     return own, own
+
+
+def _port(text: str) -> str:
+    match = re.fullmatch(r"([0-9]{1,5})(?:-([0-9]{1,5}))?(/tcp|/udp|/sctp)?", text)
+    if match is None or not 0 < int(match[1]) <= int(match[2] or match[1]) <= 65535:
+        raise UsageError(f"{text!r} is no port: write 80, 80/udp or 8000-8010/tcp")
+    return text if match[3] else f"{text}/tcp"
 
 
 def _words(given: Sequence[str], name: str) -> list[str]:
