@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,9 +93,9 @@ class Layers:
     tar: Path
     merged: Path
 
-    def image(self, architecture: str = HERE) -> Image:
+    def image(self, architecture: str = HERE, *, prefetch: Sequence[str] = ()) -> Image:
         image = Image.new(f"linux/{architecture}")
-        image = image.append(self.base, prefetch=["bin/show"])
+        image = image.append(self.base, prefetch=prefetch)
         image = image.append(self.changed, lower=self.base)
         image = image.append(self.upper, overlay_lower=[self.changed])
         return image.append(self.tar).config(entrypoint=["/bin/show"], cmd=["/tree"])
@@ -222,7 +222,8 @@ class Workshop:
             "docker-archive": f"type=docker,dest={dest}",
             "docker": "type=image,push=true",
         }[place]
-        with self.layers.image() as image:
+        prefetch = ["bin/show"] if form.compression == "estargz" else []
+        with self.layers.image(prefetch=prefetch) as image:
             done = image.export(f"{where},name={name},{form.line}")
         assert done.descriptor is not None
         assert self.digests.setdefault(form, done.descriptor.digest) == done.descriptor.digest

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import select
 import signal
 import sys
 import threading
@@ -12,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,7 +25,11 @@ from estargz.writing.access_log import AccessLog, read_access_log
 from estargz.writing.building import build
 from estargz.writing.sink import DescriptorSink
 
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
 WARNINGS = 100  # of missing paths
+_LISTEN_MS = 100
 
 
 class Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.5 only
@@ -156,9 +161,27 @@ def recorded(log: str) -> AccessLog:
     return paths
 
 
+class _StandardInput(io.FileIO):
+    """Waits a while at a time: a signal that comes just before a read begins would else be noticed when something comes."""
+
+    def readinto(self, buffer: WriteableBuffer, /) -> int | None:
+        self._wait()
+        return super().readinto(buffer)
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._wait()
+        return super().read(size)
+
+    def _wait(self) -> None:
+        waiting = select.poll()
+        waiting.register(self, select.POLLIN)
+        while not waiting.poll(_LISTEN_MS):
+            pass  # where Python runs the handlers of signals
+
+
 def standard_input() -> io.FileIO:
     # Unbuffered, so that the kernels read from the descriptor themselves.
-    file = io.FileIO(descriptor_of(sys.stdin, "input"), "rb", closefd=False)
+    file = _StandardInput(descriptor_of(sys.stdin, "input"), "rb", closefd=False)
     file.name = "standard input"  # instead of 0, for messages
     return file
 
