@@ -80,6 +80,7 @@ cdef class LayerBuilder:
     cdef int keep_name(self, uint8_t kind, int64_t identity, const uint8_t *name, uint32_t size) noexcept nogil
 
     cdef int feed_from(self, int fd, int64_t at, int64_t size) noexcept nogil
+    cdef bint wait_readable(self, int fd) noexcept nogil
     cdef int pause_feed(self) noexcept nogil
     cdef int feed_bytes(self, const uint8_t *data, size_t size) noexcept nogil
     cdef int target_full(self) noexcept nogil

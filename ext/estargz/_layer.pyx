@@ -19,6 +19,13 @@ from posix.unistd cimport read
 cdef extern from "<unistd.h>" nogil:
     ssize_t pread(int handle, void *data, size_t size, int64_t offset)
 
+cdef extern from "<poll.h>" nogil:
+    enum: POLLIN
+    struct pollfd:
+        int fd
+        short events
+    int poll(pollfd *fds, unsigned long count, int milliseconds)
+
 from estargz._codec cimport CODEC_COPY, CODEC_GZIP, CODEC_NONE, CODEC_ZSTD, compresses
 from estargz._crew cimport Crew
 from estargz._memory cimport buffer, buffer_append, buffer_free, map_free, map_insert
@@ -46,6 +53,7 @@ cdef enum:
     PIECE_SIZE = 256 << 10              # of the table of contents, so that a small one still keeps several threads busy
     FOOTER_SIZE = 51
     ROWS_A_TURN = 8192                  # of the table of contents: some milliseconds
+    LISTEN_MS = 100                     # between two looks for signals while a pipe is silent
     MEMBERS_MOST = 8192                 # in a batch: each costs up to MEMBER_OVERHEAD bytes of its output buffer
 
 # What the next input bytes of a tar stream are.
@@ -485,6 +493,9 @@ cdef class LayerBuilder:
         while not code and (size or at < 0):
             room = self.target_size - self.target_filled
             if at < 0:
+                if not self.wait_readable(fd):
+                    code = self.set_failure(EST_CANCELLED, 0, -1, NULL, 0)
+                    break
                 got = read(fd, self.target + self.target_filled, room)
             else:
                 got = pread(fd, self.target + self.target_filled, min(<int64_t>room, size), at)
@@ -505,6 +516,20 @@ cdef class LayerBuilder:
             if self.target_filled == self.target_size:
                 code = self.target_full()
         return code
+
+    cdef bint wait_readable(self, int fd) noexcept nogil:
+        """Waits for a pipe's next bytes a while at a time, because a signal that comes just before a read interrupts nothing.
+        False once a signal's handler has raised."""
+        cdef pollfd waiting
+        cdef int ready
+        waiting.fd = fd
+        waiting.events = POLLIN
+        while True:
+            ready = poll(&waiting, 1, LISTEN_MS)
+            if ready > 0 or (ready < 0 and errno != EINTR):
+                return True     # the read tells what is wrong
+            if not self.pipeline.call_back():
+                return False
 
     cdef int pause_feed(self) noexcept nogil:
         """Gives back the room that the next header of a tar stream was to fill."""
