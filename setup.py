@@ -1,7 +1,7 @@
 """Builds the compiled stages in ext/: the extension table and the library lookup. Everything else is in pyproject.toml.
 
-ESTARGZ_SANITIZE builds them with sanitizers, named as -fsanitize names them: "address,undefined", "thread". Such a build belongs
-in a directory of its own, and its interpreter must load the sanitizer's library first (tests/torture/sanitizers.py).
+ESTARGZ_SANITIZE builds them with sanitizers, named as -fsanitize names them: "address,undefined", "thread". Such a build
+belongs in a directory of its own, and its interpreter must load the sanitizer's library first (tests/torture/sanitizers.py).
 """
 
 from __future__ import annotations
