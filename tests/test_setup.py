@@ -41,6 +41,18 @@ def test_missing_libraries_are_named_together(tmp_path: Path) -> None:
     assert done.stderr == "estargz: what it is compiled with is missing: apt-get install libisal-dev libzstd-dev\n"
 
 
+def test_libraries_that_are_too_old_are_named_with_what_is_wanted(tmp_path: Path) -> None:
+    script = 'case "$*" in *"libdeflate >= "* | *"libzstd >= "*) exit 1 ;; --modversion*) echo 0.9 ;; esac'
+    command(tmp_path, "pkg-config", script)
+    done = install(f"{tmp_path}:{os.environ['PATH']}")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == (
+        "estargz: too old to be compiled with: libdeflate 0.9 (1.9 or newer is needed), libzstd 0.9 (1.4.0 or newer is"
+        " needed); PKG_CONFIG_PATH tells where newer ones are\n"
+    )
+
+
 def test_without_tools_everything_that_may_be_missing_is_named(tmp_path: Path) -> None:
     done = install(str(tmp_path))
     assert done.returncode == 1
