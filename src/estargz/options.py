@@ -54,6 +54,7 @@ MAX_MEMORY = 1 << 50
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _SIZE = re.compile(r"\s*([0-9]{1,20})\s*([kmgt]?)(?:ib|b)?\s*", re.IGNORECASE)
+_CGROUP = re.compile(r"^[^:\n]*:([^:\n]*):(.*)$", re.MULTILINE)
 
 
 def parse_size(text: str) -> int:
@@ -71,12 +72,11 @@ def parse_size(text: str) -> int:
 def _cgroup_folders() -> list[Path]:
     """The cgroup folders that bound this process's CPU time, innermost first; none outside Linux or without /sys."""
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        text = os.fsdecode(Path("/proc/self/cgroup").read_bytes())  # names may be no UTF-8
     except OSError:
         return []
     folders: list[Path] = []
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
+    for controllers, path in _CGROUP.findall(text):
         if controllers and "cpu" not in controllers.split(","):
             continue
         root = Path("/sys/fs/cgroup") / ("cpu" if controllers else "")
@@ -89,12 +89,12 @@ def _quota(folder: Path) -> float:
     """CPUs that a cgroup may use; infinite when it says nothing."""
     try:
         if (folder / "cpu.max").exists():
-            quota, period = (folder / "cpu.max").read_text().split()
+            quota, period = (folder / "cpu.max").read_bytes().split()
         else:
-            quota = (folder / "cpu.cfs_quota_us").read_text().strip()
-            period = (folder / "cpu.cfs_period_us").read_text().strip()
+            quota = (folder / "cpu.cfs_quota_us").read_bytes()
+            period = (folder / "cpu.cfs_period_us").read_bytes()
         return int(quota) / int(period) if int(quota) > 0 else math.inf
-    except (OSError, ValueError):
+    except (OSError, ValueError, ArithmeticError):
         return math.inf
 
 

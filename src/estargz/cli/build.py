@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import select
 import signal
 import sys
@@ -205,10 +206,9 @@ def epoch_from_environment() -> int | None:
     text = os.environ.get("SOURCE_DATE_EPOCH")
     if not text:
         return None
-    try:
-        return int(text)
-    except ValueError:
-        raise UsageError(f"SOURCE_DATE_EPOCH is {text!r}; it must be a whole number of seconds") from None
+    if not re.fullmatch(r"-?[0-9]{1,19}", text):  # int() takes spaces, underscores and the digits of all scripts
+        raise UsageError(f"SOURCE_DATE_EPOCH is {text!r}; it must be a whole number of seconds")
+    return int(text)
 
 
 @contextmanager

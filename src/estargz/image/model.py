@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -163,11 +165,13 @@ def encode(document: Mapping[str, Any] | Sequence[Any], *, indent: int | None = 
 
 
 def decode(data: bytes, what: str, kind: type = dict) -> Any:
-    """An object, or an array, that is a document. Of a key that stands twice the last counts, as in Go. Raises ImageError."""
+    """An object, or an array, that is a document. Raises ImageError, also for what decoders take for different documents."""
     if len(data) > MAX_MANIFEST_SIZE:
         raise ImageError(f"{what} has {len(data)} bytes, over the limit of {MAX_MANIFEST_SIZE}")
     try:
-        document = json.loads(data.decode("utf-8"), parse_constant=_no_constant)
+        document = json.loads(
+            data.decode("utf-8"), parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_once
+        )
     except (ValueError, RecursionError) as error:
         raise ImageError(f"{what} is no JSON: {error}") from None
     if not isinstance(document, kind):
@@ -181,6 +185,32 @@ _KINDS = {str: "string", int: "number", list: "array", dict: "object"}
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no number")
+
+
+def _finite(text: str) -> float:
+    """What is beyond all floats could be read, and then not written."""
+    number = float(text)
+    return number if math.isfinite(number) else _no_constant(text[:100])
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object, no key of which comes twice: others would take the first value, or, as Go does, make one of both."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"an object has {twice[:200]!r} twice")
+    return found
+
+
+def _check_spelling(document: Mapping[str, Any], known: Mapping[str, str], what: str) -> None:
+    """Refuses keys that Go takes for a known one: it does not mind in which case they are written, nor two odd letters."""
+    for key in document:
+        if known.get(key.replace("\u017f", "s").replace("\u212a", "k").lower(), key) != key:
+            raise ImageError(f"{what} is ambiguous: it must not have {key[:200]!r}; make the image again")
+
+
+def _spellings(*keys: str) -> dict[str, str]:
+    return {key.lower(): key for key in keys}
 
 
 def _check_depth(document: Any, what: str) -> None:
@@ -240,6 +270,8 @@ _ARCHITECTURES = {
 
 
 _PLATFORM_KEYS = ("os", "architecture", "variant", "os.version")
+_DESCRIBING = _spellings("mediaType", "digest", "size", "annotations", "platform", "urls", "data", "artifactType")
+_CONFIGURING = _spellings(*_PLATFORM_KEYS, "os.features", "config", "rootfs", "history", "created", "author")
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +291,7 @@ class Platform:
         """
         if isinstance(text, Platform):
             return text
-        parts = text.strip().lower().split("/")
+        parts = text.strip(" \t\r\n").lower().split("/")
         if not 2 <= len(parts) <= 3 or not all(re.fullmatch(r"[a-z0-9_-]+", part) for part in parts):
             raise UsageError(
                 f"{text!r} is no platform: write OS/ARCHITECTURE or OS/ARCHITECTURE/VARIANT, as linux/arm64"
@@ -276,6 +308,7 @@ class Platform:
     @classmethod
     def of(cls, document: Mapping[str, Any], what: str) -> Self:
         """From an object with os, architecture, variant and os.version. Raises ImageError."""
+        _check_spelling(document, _CONFIGURING, what)
         return cls(*(_typed(document, key, str, what, "") for key in _PLATFORM_KEYS))
 
     def normal(self) -> Self:
@@ -325,6 +358,7 @@ class Descriptor:
     @classmethod
     def parse(cls, document: Mapping[str, Any], what: str) -> Self:
         """From an object of a document, ``what`` it is for messages. Raises ImageError."""
+        _check_spelling(document, _DESCRIBING, what)
         media_type = _typed(document, "mediaType", str, what, "")
         digest = _typed(document, "digest", str, what, "")
         size = _typed(document, "size", int, what, -1)
@@ -454,6 +488,7 @@ class ImageConfig:
         """Raises ImageError for what is no configuration of a container image."""
         document = decode(data, what)
         rootfs = _typed(document, "rootfs", dict, what, {})
+        _check_spelling(rootfs, _spellings("type", "diff_ids"), what)
         diff_ids = _list(rootfs, "diff_ids", str, MAX_LAYERS, what)
         try:
             checked = [check_digest(diff_id) for diff_id in diff_ids]
@@ -492,10 +527,9 @@ class ImageConfig:
         return document
 
 
-_KEYS = {
-    key.lower(): key
-    for key in ("schemaVersion", "mediaType", "config", "layers", "manifests", "fsLayers", "subject", "annotations")
-}
+_KEYS = _spellings(
+    "schemaVersion", "mediaType", "config", "layers", "manifests", "fsLayers", "subject", "annotations", "artifactType"
+)
 
 
 def guess_media_type(data: bytes, what: str) -> str:
@@ -511,15 +545,12 @@ def guess_media_type(data: bytes, what: str) -> str:
 
 
 def _check_kind(document: Mapping[str, Any], media_type: str, what: str, *, foreign: Sequence[str]) -> None:
-    """Refuses what others may take for a document of another kind, and so see another image behind the same digest.
-
-    Go's decoder does not mind in which case keys are written.
-    """
+    """Refuses what others may take for a document of another kind, and so see another image behind the same digest."""
     if _typed(document, "schemaVersion", int, what, 2) == 1:
         raise ImageError(f"{what} is of Docker's schema 1; have its registry or skopeo convert it to OCI")
-    for key, value in document.items():
-        written = _KEYS.get(key.lower(), key)
-        if written != key or (written in foreign and value is not None):
+    _check_spelling(document, _KEYS, what)
+    for key in foreign:
+        if document.get(key) is not None:
             raise ImageError(f"{what} is ambiguous: for {media_type} it must not have {key!r}; make the image again")
     stated = _typed(document, "mediaType", str, what, "")
     if stated and stated != media_type:

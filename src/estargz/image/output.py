@@ -204,7 +204,7 @@ def _level(key: str, value: str) -> int:
 def _epoch(key: str, value: str) -> int | None:
     if not value:
         return None
-    if not re.fullmatch(r"[0-9]{1,12}", value) or int(value) > _MAX_EPOCH:
+    if not re.fullmatch(r"[0-9]{1,19}", value) or int(value) > _MAX_EPOCH:
         raise UsageError(f"{key}={value} is no number of seconds since 1970")
     return int(value)
 

@@ -6,7 +6,6 @@ $REGISTRY_AUTH_FILE, $DOCKER_CONFIG or ~/.docker, podman's auth.json -> credHelp
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import os
 import re
@@ -140,13 +139,13 @@ def _decode(entry: Any, key: str, path: Path) -> Credential | None:
     if not isinstance(entry, dict):
         return None
     texts = {name: entry.get(name) or "" for name in ("auth", "username", "password", "identitytoken")}
-    if not all(isinstance(text, str) for text in texts.values()):
+    if not all(map(_is_text, texts.values())):
         raise UsageError(f"{path}: the entry of {printable(key)} holds something that is no string; log in again")
     user, password = texts["username"], texts["password"]
     if texts["auth"]:
         try:
             user, colon, password = base64.b64decode(texts["auth"], validate=True).decode().partition(":")
-        except (binascii.Error, UnicodeDecodeError):
+        except ValueError:
             colon = ""
         if not colon:
             raise UsageError(f"{path}: auth of {printable(key)} is no base64 of USER:PASSWORD; log in again") from None
@@ -154,6 +153,11 @@ def _decode(entry: Any, key: str, path: Path) -> Credential | None:
     if texts["identitytoken"]:
         return Credential(user, identity_token=texts["identitytoken"])
     return Credential(user, password) if user or password else None
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it can be sent: JSON can spell halves of characters, which UTF-8 has not."""
+    return isinstance(value, str) and re.search("[\ud800-\udfff]", value) is None
 
 
 def _ask_helper(name: Any, host: str, path: Path) -> Credential | None:
@@ -179,9 +183,9 @@ def _of_helper(output: bytes, program: str) -> Credential | None:
     try:
         answer = json.loads(output)
         user, secret = answer["Username"], answer["Secret"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         user = secret = None
-    if not isinstance(user, str) or not isinstance(secret, str):
+    if not _is_text(user) or not _is_text(secret):
         raise UsageError(f"{program}: its answer has no Username and Secret; check it") from None
     if user == _TOKEN_USER:
         return Credential(identity_token=secret)
