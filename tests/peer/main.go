@@ -36,6 +36,7 @@ const usage = `usage: peer COMMAND [FLAGS] ARGUMENTS
   tarlist      TAR
   clamp        -epoch SECONDS IN.tar OUT.tar
   output       LINE...                             (of --output)
+  judge        KIND                                (inputs on the standard input, each after its size)
   version
 
 OUT.tar may be - for the standard output, TAR - for the standard input.
@@ -55,6 +56,7 @@ var commands = map[string]func([]string) error{
 	"tarlist":      runTarList,
 	"clamp":        runClamp,
 	"output":       runOutput,
+	"judge":        runJudge,
 	"version":      runVersion,
 }
 
