@@ -26,7 +26,7 @@ from tars import END, blob_of, entry, everything, in_thread, nothing_leaks
 from trees import Tree
 
 import estargz
-from estargz import ChangedError, EstargzError, SinkError, SourceError, TarError, UsageError, Writer
+from estargz import ChangedError, EstargzError, SinkError, SourceError, TarError, UsageError, Writer, _pipeline
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -377,18 +377,18 @@ def test_chunks_that_are_too_large_together() -> None:
 
 @pytest.mark.parametrize("at", [0, 1, 2])
 def test_threads_that_cannot_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
-    real, count = threading.Thread.start, []
+    real, count = _pipeline.start_new_thread, []
 
-    def start(thread: threading.Thread) -> None:
-        count.append(thread)
+    def start(*arguments: Any) -> int:
+        count.append(arguments)
         if len(count) > at:
             raise RuntimeError("can't start new thread")
-        real(thread)
+        return real(*arguments)
 
     with nothing_leaks():
         with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", start)
-            with pytest.raises(RuntimeError, match="can't start new thread"):
+            patch.setattr(_pipeline, "start_new_thread", start)
+            with pytest.raises(EstargzError, match="no further thread can be started: .*; lower --threads"):
                 estargz.build(io.BytesIO(NOISE), tmp_path / "blob", threads=4)
         assert names_in(tmp_path) == []
     estargz.build(io.BytesIO(NOISE), tmp_path / "blob", threads=4)

@@ -6,12 +6,12 @@ wait, take jobs from blocks in order; jobs of one layer do not depend on each ot
 touches a name that a job under way is about to make.
 """
 
-import threading
+from _thread import start_new_thread
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.memoryview cimport PyMemoryView_FromMemory
-from libc.errno cimport EBUSY, EEXIST, EISDIR, ENOTDIR, errno
+from libc.errno cimport EAGAIN, EBUSY, EEXIST, EISDIR, ENOTDIR, errno
 from libc.stddef cimport size_t
 from libc.stdint cimport INT64_MAX, int64_t, uint8_t, uint32_t
 from libc.stdlib cimport calloc, free, malloc
@@ -30,7 +30,8 @@ from estargz._place cimport (
     place_symlink, place_write, remove_tree,
 )
 from estargz._rows cimport (
-    EST_CANCELLED, EST_DEVICE_RANGE, EST_LIMIT_SIZE, EST_LINK_TARGET, EST_LINK_UNSELECTED, EST_NO_MEMORY, EST_OK,
+    EST_CANCELLED, EST_DEVICE_RANGE, EST_LIMIT_SIZE, EST_LINK_TARGET, EST_LINK_UNSELECTED, EST_NO_MEMORY, EST_NO_THREAD,
+    EST_OK,
     EST_OWNER_RANGE, EST_PLACE_LINK, EST_PLACE_META, EST_PLACE_PARENT, EST_PLACE_REMOVE, EST_PLACE_ROOT,
     EST_TAR_DANGLING_META, EST_TAR_LONE_ZERO, EST_TAR_TRUNCATED, EST_WHITEOUT_NAME, est_failure, tar_entry,
 )
@@ -238,7 +239,7 @@ cdef class Extractor(Folders):
     cdef bint ended, cancelled
     cdef est_failure failure                    # code 0: none so far
     cdef int64_t failed_number, failed_layer
-    cdef list started
+    cdef int running                # workers that have been started and have not ended
     cdef object interrupt, progress
     cdef int64_t progress_due_ns
 
@@ -266,7 +267,6 @@ cdef class Extractor(Folders):
     def __cinit__(self, int root, *, bint ours, bint owners, bint xattrs, unsigned int uid, unsigned int gid,
                   unsigned int umask, int threads, int64_t memory, int64_t handles, max_size, max_entries, paths,
                   bytes salt, progress):
-        self.started = []
         self.layer_names = []
         self.rules.owners = owners
         self.rules.xattrs = xattrs
@@ -288,8 +288,9 @@ cdef class Extractor(Folders):
         self.blocks = <block *>calloc(self.block_count, sizeof(block))
         for path in paths or ():
             self._select(path)
-        if self.blocks == NULL or self.add_root(root, ours) != EST_OK:
-            raise MemoryError("estargz: out of memory; lower --threads or --memory")
+        cdef int code = EST_NO_MEMORY if self.blocks == NULL else self.add_root(root, ours)
+        if code:
+            raise from_status(code, errno, "/")
 
     def _select(self, bytes path):
         cdef uint32_t size = len(path)
@@ -419,10 +420,10 @@ cdef class Extractor(Folders):
     def _join(self):
         with nogil:
             self.stop()
-        for thread in self.started:
-            if thread.ident is not None:
-                thread.join()
-        self.started = []
+            pthread_mutex_lock(&self.lock)
+            while self.running:
+                pthread_cond_wait(&self.progress_made, &self.lock)
+            pthread_mutex_unlock(&self.lock)
 
     def close(self):
         """Gives directory handles back; nothing may follow."""
@@ -590,16 +591,27 @@ cdef class Extractor(Folders):
         return True
 
     cdef void start_threads(self) noexcept with gil:
-        cdef int i
-        try:
-            for i in range(1, self.threads):
-                thread = threading.Thread(target=self._run, name=f"estargz-{i}", daemon=True)
-                self.started.append(thread)
-                thread.start()
-        except BaseException as error:
-            self.interrupt = error
-            self.cancelled = True
-            self.failure.code = EST_CANCELLED
+        """See Pipeline.start_threads."""
+        cdef int i, code
+        for i in range(1, self.threads):
+            self.count_running(1)
+            try:
+                start_new_thread(self._run, ())
+            except BaseException as error:
+                code = EST_NO_THREAD if isinstance(error, RuntimeError) else EST_NO_MEMORY
+                self.count_running(-1)
+                with nogil:
+                    self.fail(code, EAGAIN, self.number, -1, "", 0)
+                self.cancelled = True
+                break
+
+    cdef void count_running(self, int change) noexcept:
+        with nogil:
+            pthread_mutex_lock(&self.lock)
+            self.running += change
+            if change < 0:
+                pthread_cond_signal(&self.progress_made)
+            pthread_mutex_unlock(&self.lock)
 
     def _run(self):
         cdef buffer skipped
@@ -614,6 +626,7 @@ cdef class Extractor(Folders):
                 pthread_cond_wait(&self.work_or_end, &self.lock)
             pthread_mutex_unlock(&self.lock)
             buffer_free(&skipped)
+        self.count_running(-1)
 
     cdef void stop(self) noexcept nogil:
         pthread_mutex_lock(&self.lock)

@@ -11,7 +11,7 @@ cdef extern from "files.h" nogil:
     enum: EST_PATH_STEP, ENOSYS, EPERM, EAGAIN
     enum: O_DIRECTORY, O_NOFOLLOW, O_CLOEXEC, O_NONBLOCK, O_NOCTTY, O_PATH
     int est_openat2(int directory, const char *path, int flags)
-    int openat(int directory, const char *path, int flags)
+    int est_openat(int directory, const char *path, int flags, unsigned int mode)
 
 
 cdef int flags_of(int kind) noexcept nogil:
@@ -38,7 +38,8 @@ cdef int open_by_component(int root, const char *path, int flags) noexcept nogil
         else:
             memcpy(name, path, size)
             name[size] = 0
-            following = openat(handle, name, flags if not slash[0] else O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC)
+            following = est_openat(
+                handle, name, flags if not slash[0] else O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC, 0)
         if handle != root:
             close(handle)
         if following < 0 or not slash[0]:
@@ -66,7 +67,7 @@ cdef int open_beneath(int root, const char *path, size_t size, int kind) noexcep
     cdef int handle = root
     cdef int following
     if size == 0:
-        return openat(root, ".", flags_of(OPEN_DIRECTORY))
+        return est_openat(root, ".", flags_of(OPEN_DIRECTORY), 0)
     while size > EST_PATH_STEP:
         length = EST_PATH_STEP
         while length and path[length] != c'/':

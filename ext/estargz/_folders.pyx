@@ -92,8 +92,10 @@ cdef class Folders:
         cdef int64_t number
         self.nodes.size = 0
         number = self.add_node(0, "", 0, root, False)
-        if number < 0 or list_names(root, &self.listing):
+        if number < 0:
             return EST_NO_MEMORY
+        if list_names(root, &self.listing):
+            return EST_PLACE_PARENT
         self.empty = self.listing.size == 0
         if ours:
             return self.imply(number)

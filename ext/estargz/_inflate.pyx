@@ -865,7 +865,7 @@ def check_chunks(source, jobs, int threads=1):
         raise ValueError("jobs must be a contiguous array of dtype JOB_FIELDS")
     if threads < 1:
         raise ValueError("threads must be 1 or more")
-    from concurrent.futures import ThreadPoolExecutor  # takes 10 ms, and most commands check no chunks
+    from estargz.threads import Threads  # takes 10 ms, and most commands check no chunks
 
     cdef _Source held = _Source(source)
     slices = list(_slices(jobs, threads))
@@ -875,7 +875,7 @@ def check_chunks(source, jobs, int threads=1):
             if failure is not None:
                 return failure
         return None
-    with ThreadPoolExecutor(min(threads, len(slices)), "estargz-check") as pool:
+    with Threads(min(threads, len(slices)), "estargz-check") as pool:
         pending = [pool.submit(_check_slice, held, jobs, first, stop) for first, stop in slices]
         try:
             for future in pending:

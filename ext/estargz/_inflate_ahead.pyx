@@ -33,9 +33,10 @@ from estargz._crew cimport Crew, crew_drop, crew_give, crew_keep, crew_take, cre
 from estargz._inflate cimport (
     HISTORY, KIND_GZIP, decoder_close, decoder_finish, decoder_open, decoder_restart, decoder_run,
 )
-from estargz._rows cimport EST_NO_MEMORY, EST_OK, EST_READ
+from estargz._rows cimport EST_NO_MEMORY, EST_NO_THREAD, EST_OK, EST_READ
 
 from estargz._inflate import KINDS, stream_error
+from estargz.descriptors import naming
 
 cdef extern from "<pthread.h>" nogil:
     int pthread_create(pthread_t *thread, void *attributes, void *(*run)(void *) noexcept nogil, void *argument)
@@ -594,7 +595,8 @@ cdef class InflateAhead:
         if isinstance(source, int):
             if source < 0:
                 raise ValueError(f"not a file descriptor: {source}")
-            status = os.fstat(source)
+            with naming(self.name):
+                status = os.fstat(source)
             if stat_module.S_ISREG(status.st_mode) and status.st_size:
                 self.a.fd = source
                 self.a.end = min(self.a.end, status.st_size)
@@ -889,11 +891,12 @@ cdef class InflateAhead:
             return 0
         self.process = getpid()
         while self.started < self.thread_count:
-            if pthread_create(&self.threads[self.started], NULL, work, &self.a):
+            error = pthread_create(&self.threads[self.started], NULL, work, &self.a)
+            if error:
                 break
             self.started += 1
         if not self.started:
-            raise stream_error(EST_NO_MEMORY, self.name, 0)
+            raise stream_error(EST_NO_THREAD, self.name, 0, error)
         return 0
 
     cdef void stop(self) noexcept:

@@ -781,6 +781,8 @@ cdef class LayerBuilder:
         memset(&text, 0, sizeof(text))
         self.pipeline.begin_turn()
         code = write_toc_member(self, &text)
+        if code == EST_NO_MEMORY:
+            self.set_failure(code, 0, -1, NULL, 0)
         self.pipeline.end_turn()
         buffer_free(&text)
         if not code:
@@ -833,14 +835,14 @@ cdef int write_toc_member(LayerBuilder builder, buffer *text) noexcept nogil:
     cdef int64_t size = builder.toc_size(text)
     cdef int code
     if size < 0:
-        return builder.set_failure(size, 0, -1, NULL, 0)
+        return size
     memset(&entry, 0, sizeof(entry))
     entry.name = <const uint8_t *>b"stargz.index.json"
     entry.name_len = 17
     entry.type = c'0'
     entry.size = size
     if tar_emit(&entry, header, BLOCK) != BLOCK:
-        return builder.set_failure(EST_NO_MEMORY, 0, -1, NULL, 0)
+        return EST_NO_MEMORY
     code = builder.append_piece(header, BLOCK, False)
     text.size = 0
     if not code:

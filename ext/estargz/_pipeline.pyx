@@ -8,7 +8,7 @@ loop whenever no batch is free. So one thread needs no other, and N threads are 
 import fcntl
 import os
 import stat as stat_module
-import threading
+from _thread import start_new_thread
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
@@ -32,7 +32,7 @@ from estargz._crew cimport (
 from estargz._files cimport directory_cache_close, directory_cache_init, open_cached
 from estargz._memory cimport buffer_append, buffer_free
 from estargz._rows cimport (
-    EST_CANCELLED, EST_GREW, EST_NO_MEMORY, EST_OK, EST_OPEN, EST_POOL_FULL, EST_READ, EST_REPLACED, EST_SHRANK, EST_SINK,
+    EST_CANCELLED, EST_GREW, EST_NO_MEMORY, EST_NO_THREAD, EST_OK, EST_OPEN, EST_POOL_FULL, EST_READ, EST_REPLACED, EST_SHRANK, EST_SINK,
     EST_STAT, EST_WRITE,
     chunk_row, est_failure, toc_row,
 )
@@ -150,13 +150,15 @@ cdef class Pipeline:
         self.producer_helps = producer_helps
         self.keep_rows = keep_rows
         self.worker_count = threads if producer_helps else threads + 1
-        self.started = []
         self.progress = progress
         self.progress_due_ns = monotonic_ns() + LISTEN_EVERY_NS
         self.sink_fd = write if isinstance(write, int) else -1
         self.sink_write = None if isinstance(write, int) else write
         if self.sink_fd >= 0:
-            mode = os.fstat(self.sink_fd).st_mode
+            try:
+                mode = os.fstat(self.sink_fd).st_mode
+            except OSError as error:
+                raise from_status(EST_WRITE, error.errno, output) from error
             self.sink_is_file = stat_module.S_ISREG(mode)
             self.sink_is_socket = stat_module.S_ISSOCK(mode) and est_is_stream(self.sink_fd)
             if stat_module.S_ISFIFO(mode):
@@ -175,11 +177,11 @@ cdef class Pipeline:
         self.slots = <batch *>calloc(slot_count, sizeof(batch))
         self.ring = <batch **>calloc(slot_count, sizeof(batch *))
         self.workers = <worker *>calloc(self.worker_count, sizeof(worker))
-        if self.slots == NULL or self.ring == NULL or self.workers == NULL:
-            raise MemoryError("estargz: out of memory; lower --threads or --memory")
-        for i in range(self.worker_count):
+        for i in range(self.worker_count if self.workers != NULL else 0):   # before an error may have them closed
             directory_cache_init(&self.workers[i].directory)
             self.workers[i].since_ns = monotonic_ns()
+        if self.slots == NULL or self.ring == NULL or self.workers == NULL:
+            raise MemoryError("estargz: out of memory; lower --threads or --memory")
 
     def __dealloc__(self):
         cdef int64_t i
@@ -383,11 +385,11 @@ cdef class Pipeline:
                 self.fail(&cancelled, -1)
         with nogil:
             self.stop()
+            pthread_mutex_lock(&self.lock)
+            while self.running:
+                pthread_cond_wait(&self.progress_made, &self.lock)
+            pthread_mutex_unlock(&self.lock)
         charge(&self.workers[0], self.producing)
-        for thread in self.started:
-            if thread.ident is not None:
-                thread.join()
-        self.started = []
         self.closed = True
         self.close_pipe()
         for i in range(self.worker_count):  # at once: the traceback of a failure may keep this object for long
@@ -486,18 +488,32 @@ cdef class Pipeline:
     # --------------------------------------------------------------------------------------------- workers
 
     cdef int start_threads(self) noexcept with gil:
+        """Starts the workers. Not by threading.Thread: its start() never ends when the new thread has no memory for Python."""
+        cdef est_failure failure
         cdef int i
-        try:
-            for i in range(1, self.worker_count):
-                thread = threading.Thread(target=self._run, args=(i,), name=f"estargz-{i}", daemon=True)
-                self.started.append(thread)
-                thread.start()
-        except BaseException as error:
-            self.interrupt = error
-            self.cancelled = True
-            set_failure(&self.failure, EST_CANCELLED, 0, -1, NULL, 0)
-            return EST_CANCELLED
-        return EST_OK
+        cdef int code = EST_OK
+        memset(&failure, 0, sizeof(failure))
+        for i in range(1, self.worker_count):
+            self.count_running(1)
+            try:
+                start_new_thread(self._run, (i,))
+            except BaseException as error:
+                code = EST_NO_THREAD if isinstance(error, RuntimeError) else EST_NO_MEMORY
+                self.count_running(-1)
+                set_failure(&failure, code, EAGAIN, -1, NULL, 0)
+                self.cancelled = True
+                with nogil:
+                    self.fail(&failure, -1)
+                break
+        return code
+
+    cdef void count_running(self, int change) noexcept:
+        with nogil:
+            pthread_mutex_lock(&self.lock)
+            self.running += change
+            if change < 0:
+                pthread_cond_signal(&self.progress_made)
+            pthread_mutex_unlock(&self.lock)
 
     def _run(self, int index):
         cdef worker *w = &self.workers[index]
@@ -514,6 +530,7 @@ cdef class Pipeline:
                 charge(w, STAGE_WAIT)
             pthread_mutex_unlock(&self.lock)
             self.stand(w)
+        self.count_running(-1)
 
     cdef bint step(self, worker *w) noexcept nogil:
         """Does one piece of work if there is any; called with the lock held, which is released meanwhile."""
@@ -896,7 +913,7 @@ cdef class Pipeline:
     def stages(self):
         """Seconds that each thread has spent in each of STAGE_NAMES, the producing thread first; after close."""
         cdef int i
-        if self.started:
+        if self.running:
             raise ValueError("the threads have not ended")
         return [dict(zip(STAGE_NAMES, [ns * 1e-9 for ns in self.workers[i].spent_ns]))
                 for i in range(self.worker_count)]

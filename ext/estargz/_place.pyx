@@ -216,7 +216,7 @@ cdef int place_finish(const place_rules *rules, int handle, bint plain, const pl
     cdef bint acl = meta.xattrs_len != 0    # an access list among the attributes changes the mode
     cdef int code = set_by_handle(rules, handle, changes_owner(rules, plain, meta), mode_differs or acl, meta, skipped)
     cdef int kept = errno
-    if close(handle) and not code:          # network file systems report failed writes here
+    if close(handle) and errno != EINTR and not code:   # network file systems report failed writes here
         return EST_PLACE_WRITE
     (&errno)[0] = kept
     return code

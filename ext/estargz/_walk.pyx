@@ -726,7 +726,7 @@ cdef class TreeWalk:
 
     cdef int same_capability(self, int handle, int lower_handle, const char *name) noexcept nogil:
         cdef ssize_t size = self.read_capability(handle, name, self.capability)
-        cdef ssize_t lower_size = self.read_capability(lower_handle, name, self.other_capability)
+        cdef ssize_t lower_size = self.read_capability(lower_handle, name, self.other_capability) if size >= 0 else 0
         if size < 0 or lower_size < 0:
             return self.failed(EST_XATTR, errno)
         return same_bytes(self.capability, size, self.other_capability, lower_size)
@@ -735,7 +735,7 @@ cdef class TreeWalk:
         cdef char *a = <char *>self.compare_buffers
         cdef char *b = a + COMPARE_SIZE
         cdef ssize_t size = readlinkat(handle, name, a, COMPARE_SIZE)
-        cdef ssize_t lower_size = readlinkat(lower_handle, name, b, COMPARE_SIZE)
+        cdef ssize_t lower_size = readlinkat(lower_handle, name, b, COMPARE_SIZE) if size >= 0 else 0
         if size < 0 or lower_size < 0:
             return self.failed(EST_READ_LINK, errno)
         return same_bytes(<uint8_t *>a, size, <uint8_t *>b, lower_size)

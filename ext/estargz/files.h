@@ -20,10 +20,21 @@
 #define EST_SYS_GETXATTRAT 464 /* the same number on every architecture */
 #define EST_PATH_STEP 3800 /* below PATH_MAX: longer paths are opened in steps */
 
+/* A descriptor or -1; not to be disturbed by signals. mode: of a file that is made. */
+static inline int est_openat(int directory, const char *name, int flags, mode_t mode) {
+    int handle;
+    do handle = openat(directory, name, flags, mode);
+    while (handle < 0 && errno == EINTR);
+    return handle;
+}
+
 static inline int est_openat2(int directory, const char *path, int flags) {
     struct open_how how = {
         .flags = (unsigned)flags, .resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS};
-    return (int)syscall(SYS_openat2, directory, path, &how, sizeof how);
+    int handle;
+    do handle = (int)syscall(SYS_openat2, directory, path, &how, sizeof how);
+    while (handle < 0 && errno == EINTR);
+    return handle;
 }
 
 static inline void est_start_writeback(int handle, int64_t offset, int64_t size) {

@@ -17,16 +17,11 @@
 #include <sys/xattr.h>
 #include <unistd.h>
 
+#include "files.h"
+
+/* For est_openat: `name` is one component, so that with O_NOFOLLOW nothing is followed on the way. */
 #define EST_DIRECTORY (O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC)
 #define EST_NEW_FILE (O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC)
-
-/* A descriptor or -1. `name` is one component, so that with O_NOFOLLOW nothing is followed on the way. */
-static inline int est_openat(int directory, const char *name, int flags, mode_t mode) {
-    int handle;
-    do handle = openat(directory, name, flags, mode);
-    while (handle < 0 && errno == EINTR);
-    return handle;
-}
 
 /* The next entries of a directory as the kernel packs them (est_listed); 0 at the end, -1 with errno. */
 static inline ssize_t est_list(int directory, void *out, size_t size) {

@@ -149,6 +149,7 @@ _STATUS: dict[int, tuple[type[EstargzError], str, str]] = {
     ),
     -50: (SinkError, "{name}: cannot be written: {cause}", "free some space or check the destination"),
     -52: (EstargzError, "the compressor failed at byte {offset}", "this is a defect of estargz or its libraries"),
+    -53: (EstargzError, "no further thread can be started: {cause}", "lower --threads, or raise the limit of processes"),
     -55: (
         UsageError,
         "the pool's memory is used up, and the thread that would wait for it has another layer unfinished",

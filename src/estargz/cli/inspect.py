@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import click
@@ -17,6 +16,7 @@ from estargz.image.reference import Reference
 from estargz.image.store import ImageSource, open_source
 from estargz.image.tree import Document, StoredImage, StoredIndex, images_of, read_tree
 from estargz.registry.client import Registries
+from estargz.threads import Threads
 
 _AT_ONCE = 8  # layers looked at; a registry answers each in a round trip or three
 
@@ -53,7 +53,7 @@ def command(ref: str, platform: str | None, insecure: bool, ca_file: str | None,
 def _describe(tree: Document, source: ImageSource) -> dict[str, Any]:
     images = images_of(tree)
     layers = {layer.descriptor.digest: layer for image in images for layer in image.layers(source)}
-    with ThreadPoolExecutor(_AT_ONCE) as executor:
+    with Threads(_AT_ONCE) as executor:
         kinds = dict(zip(layers, executor.map(_kind, layers.values()), strict=True))
     return {
         **_root(tree),

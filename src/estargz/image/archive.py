@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from estargz.descriptors import read_all_at
 from estargz.errors import ImageError, SinkError, UsageError, VerificationError
 from estargz.image.layout import LAYOUT_FILE, copy_blob, named_entries, pick
 from estargz.image.model import (
@@ -76,7 +77,7 @@ class Archive:
 
     def read_at(self, descriptor: Descriptor, offset: int, size: int) -> bytes:
         member = self._member(descriptor)
-        return os.pread(self._tar.fd, max(min(size, member.size - offset), 0), member.offset + offset)
+        return read_all_at(self._tar.fd, member.offset + offset, min(size, member.size - offset))
 
     def _member(self, descriptor: Descriptor) -> Member:
         member = self._find(descriptor.digest)
@@ -183,7 +184,7 @@ class DockerArchive(Archive):
         member = self._tar.find(path)
         if member is None:
             raise ImageError(f"{self.name}: layer {path!r} is missing; save the image again")
-        magic = os.pread(self._tar.fd, min(4, member.size), member.offset)
+        magic = read_all_at(self._tar.fd, member.offset, min(4, member.size))
         compression = "gzip" if magic[:2] == b"\x1f\x8b" else "zstd" if magic == b"\x28\xb5\x2f\xfd" else "uncompressed"
         digest = diff_id if compression == "uncompressed" else _digest_in(path) or self._digest(member)
         self._layers[digest] = member

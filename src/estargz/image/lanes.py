@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from estargz.errors import EstargzError
+from estargz.threads import Threads
 
 __all__ = ["AbandonedError", "Job", "run"]
 
@@ -43,7 +44,7 @@ def run(jobs: Sequence[Job[T]], lanes: int, *, abandon: Callable[[], object]) ->
         if stop.is_set():
             raise AbandonedError("given up because another layer failed")
 
-    with ThreadPoolExecutor(max(lanes, 1), thread_name_prefix="estargz-lane") as executor:
+    with Threads(max(lanes, 1), thread_name_prefix="estargz-lane") as executor:
         futures: dict[int, Future[T]] = {}
         try:
             for number in sorted(range(len(jobs)), key=lambda number: jobs[number].size):

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from estargz.descriptors import naming, quietly, read_all_at, sync_folder
 from estargz.errors import ImageError, SinkError, SourceError, VerificationError
 from estargz.image.model import (
     MAX_MANIFEST_SIZE,
@@ -87,13 +88,18 @@ class BlobFolder:
             raise ImageError(f"{self.name}: blob {descriptor.digest} is missing; copy the image again") from None
         except OSError as error:
             raise SourceError(f"{path}: cannot be opened: {error.strerror}; check its rights") from error
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode) or status.st_size != descriptor.size:
-            os.close(handle)
-            raise VerificationError(
-                f"{self.name}: blob {descriptor.digest} is no file of {descriptor.size} bytes; copy the image again"
-            )
-        return io.FileIO(handle, "rb")
+        try:
+            with naming(path):
+                status = os.fstat(handle)
+                if stat.S_ISREG(status.st_mode) and status.st_size == descriptor.size:
+                    return io.FileIO(handle, "rb")
+        except OSError:
+            quietly(os.close, handle)
+            raise
+        quietly(os.close, handle)
+        raise VerificationError(
+            f"{self.name}: blob {descriptor.digest} is no file of {descriptor.size} bytes; copy the image again"
+        )
 
     def open(self, descriptor: Descriptor) -> BlobReader:
         """The blob from its start, checked as it is read."""
@@ -102,7 +108,7 @@ class BlobFolder:
     def read_at(self, descriptor: Descriptor, offset: int, size: int) -> bytes:
         """Some bytes, not checked."""
         with self.open_file(descriptor) as file:
-            return os.pread(file.fileno(), size, offset)
+            return read_all_at(file.fileno(), offset, size)
 
     def upload(self, room: int | None = None) -> FolderUpload:
         """A blob whose digest is not known yet. Whatever the room, none of it is kept in memory."""
@@ -121,7 +127,7 @@ class BlobFolder:
         make_folder(target.parent)
         try:
             os.link(os.path.realpath(source.path(descriptor.digest)), target, follow_symlinks=False)
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
         except FileExistsError:
             return self.has(descriptor)
         except OSError as error:
@@ -179,14 +185,6 @@ def replace_document(path: Path, data: bytes) -> None:
     """A small file beside blobs, which is there whole at every moment. Raises SinkError."""
     with PathSink(path) as sink:
         sink.write(data)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class FolderUpload:
@@ -319,7 +317,7 @@ class Layout(BlobFolder):
                 fcntl.flock(handle, fcntl.LOCK_EX)
             yield
         finally:
-            os.close(handle)
+            quietly(os.close, handle)
 
 
 def open_layout(reference: Reference) -> Layout:

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO
 
+from estargz.descriptors import read_all_at
 from estargz.errors import ImageError, SinkError, SourceError
 from estargz.image.model import MAX_MANIFEST_SIZE
 
@@ -53,7 +54,7 @@ class Span:
         self._end = member.offset + member.size
 
     def read(self, size: int, /) -> bytes:
-        data = os.pread(self._fd, min(size, self._end - self._place), self._place)
+        data = read_all_at(self._fd, self._place, min(size, self._end - self._place))
         self._place += len(data)
         return data
 
@@ -102,7 +103,7 @@ class Tarball:
             return None
         if member.size > MAX_MANIFEST_SIZE:
             raise ImageError(f"{self.path}: {name!r} has {member.size} bytes, over the limit of {MAX_MANIFEST_SIZE}")
-        return os.pread(self.fd, member.size, member.offset)
+        return read_all_at(self.fd, member.offset, member.size)
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -137,7 +138,7 @@ class Tarball:
 
     def _block(self, place: int) -> bytes:
         """The header there; nothing at the end of the tar."""
-        block = os.pread(self.fd, _BLOCK, place)
+        block = read_all_at(self.fd, place, _BLOCK)
         if not block.strip(b"\0") and (block or place):
             return b""
         if len(block) < _BLOCK or sum(block) - sum(block[148:156]) + 8 * 0x20 != self._number(block[148:156], place):
@@ -156,7 +157,7 @@ class Tarball:
         """What an extended header says of the next entry, as far as it matters here."""
         if size > _MAX_EXTENSION or place + size > self._size:
             raise ImageError(f"{self.path}: has an extended header of {size} bytes at byte {place}; make it again")
-        data = os.pread(self.fd, size, place)
+        data = read_all_at(self.fd, place, size)
         if kind == b"x":
             return self._records(data, place)
         return {} if kind == b"g" else {"path" if kind == b"L" else "linkpath": _text(data)}
@@ -188,7 +189,7 @@ def _open(path: str) -> int:
         mode = os.fstat(fd).st_mode
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(21, os.strerror(21))
-        magic = os.pread(fd, 4, 0) if stat.S_ISREG(mode) else b""
+        magic = read_all_at(fd, 0, 4) if stat.S_ISREG(mode) else b""
         if magic == b"\x28\xb5\x2f\xfd":
             raise ImageError(f"{path}: is compressed by zstd; decompress it first: zstd -d")
         if stat.S_ISREG(mode) and magic[:2] != b"\x1f\x8b":

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
+from estargz.descriptors import naming, open_folder, quietly
 from estargz.errors import CacheError
 
 __all__ = ["VariantIndex", "locked_folder"]
@@ -154,12 +155,10 @@ class VariantIndex:
 @contextmanager
 def locked_folder(directory: Path) -> Iterator[None]:
     """Nobody else changes a layout's index.json meanwhile."""
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+    with open_folder(directory) as handle:
+        with naming(directory):
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(handle)
 
 
 def _try_lock(path: Path, *, create: bool) -> int | None:
@@ -175,11 +174,11 @@ def _try_lock(path: Path, *, create: bool) -> int | None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(handle), os.stat(path)):  # else its last owner has removed it
             return handle
-    os.close(handle)
+    quietly(os.close, handle)
     return None
 
 
 def _unlock(path: Path, handle: int) -> None:
     with suppress(OSError):
         path.unlink()  # while it is still locked: whoever has opened it sees that it is gone, and tries again
-    os.close(handle)
+    quietly(os.close, handle)

@@ -12,13 +12,14 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Self
 
 from estargz.errors import BlobError, UsageError
 from estargz.reading.source import RangeReader, stated_size
+from estargz.threads import Threads
 
 __all__ = ["CachedSource"]
 
@@ -342,7 +343,7 @@ def _read_all(source: RangeReader, ranges: list[tuple[int, int]]) -> list[bytes]
     elif len(ranges) == 1:
         parts = [_exactly(source, ranges[0])]
     else:
-        with ThreadPoolExecutor(min(_PARALLEL, len(ranges))) as threads:
+        with Threads(min(_PARALLEL, len(ranges))) as threads:
             parts = list(threads.map(lambda span: _exactly(source, span), ranges))
     for (offset, size), part in zip(ranges, parts, strict=True):
         name = getattr(source, "name", "blob")

@@ -20,6 +20,7 @@ from typing import IO, Any
 from estargz._extract import Extractor
 from estargz._inflate import detect
 from estargz._inflate_ahead import InflateAhead
+from estargz.descriptors import naming, open_folder, quietly
 from estargz.digest import parse_digest
 from estargz.errors import BlobError, UsageError, VerificationError
 from estargz.options import MAX_THREADS, Progress, usable_threads
@@ -216,17 +217,16 @@ def _open_directory(path: str | os.PathLike[str]) -> Iterator[tuple[int, bool]]:
     with suppress(FileExistsError):
         os.mkdir(path, 0o700)
         made = True
-        os.chmod(path, 0o700)  # whatever the umask
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        yield handle, made
+        if made:
+            os.chmod(path, 0o700)  # whatever the umask
+        with open_folder(Path(path)) as handle:
+            yield handle, made
     except BaseException:
         if made:
             with suppress(OSError):  # somebody else has put something in it
                 os.rmdir(path)
         raise
-    finally:
-        os.close(handle)
 
 
 def _skipped(extractor: Extractor) -> Iterator[tuple[str, str]]:
@@ -303,10 +303,11 @@ def _pipe(source: Layer, opened: ExitStack) -> Any:
     if isinstance(source, str) and is_url(source):
         return None
     if isinstance(source, (str, os.PathLike)):
-        handle = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
-        file = opened.enter_context(io.FileIO(handle, "rb"))
-        if stat.S_ISREG(os.fstat(handle).st_mode):
-            return None
+        with naming(source):
+            file = io.FileIO(source, "rb")
+            opened.callback(quietly, file.close)
+            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return None
         file.name = os.fspath(source)
         return file
     if isinstance(source, (bytes, bytearray, memoryview, io.BytesIO, RangeReader)):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError
 from typing import NamedTuple, Self, TypeVar
 
 from urllib3 import BaseHTTPResponse, PoolManager, Timeout
@@ -42,6 +42,7 @@ from estargz.http import (
     size_in_416,
     status_text,
 )
+from estargz.threads import Threads
 
 __all__ = ["HttpSource"]
 
@@ -132,7 +133,7 @@ class HttpSource:
         self._timeout, self._deadline, self._retries = timeout, deadline, retries
         self._parallel = parallel
         self._slots = threading.BoundedSemaphore(parallel)
-        self._executor: ThreadPoolExecutor | None = None
+        self._executor: Threads | None = None
         self._starting = threading.Lock()
         self._exchanges = Exchanges()
         self._sleep = self._exchanges.closed.wait if sleep is None else sleep
@@ -197,11 +198,11 @@ class HttpSource:
             with self._keeping:
                 self._kept = None
 
-    def _workers(self) -> ThreadPoolExecutor:
+    def _workers(self) -> Threads:
         with self._starting:
             self._check_open()
             if self._executor is None:
-                self._executor = ThreadPoolExecutor(self._parallel, thread_name_prefix="estargz-http")
+                self._executor = Threads(self._parallel, thread_name_prefix="estargz-http")
             return self._executor
 
     def _check_open(self) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, Any, Protocol, cast, runtime_checkable
 
+from estargz.descriptors import naming, quietly, read_all_at
 from estargz.errors import BlobError, SourceError, UsageError
 
 __all__ = [
@@ -84,12 +85,13 @@ class Source:
         self.ranges = ranges
         self._owned = owned
         # Runs once, whoever is first of two threads that close and the collector: the number may be another file's by then.
-        self._release = weakref.finalize(self, os.close, kernel) if isinstance(kernel, int) else None
+        self._release = weakref.finalize(self, quietly, os.close, kernel) if isinstance(kernel, int) else None
 
     def read_at(self, offset: int, size: int) -> bytes:
         kernel, ranges = self.kernel, self.ranges  # another thread may close
         if isinstance(kernel, int):
-            return os.pread(kernel, size, offset)
+            with naming(self.name):
+                return read_all_at(kernel, offset, size)
         if kernel is not None:
             return bytes(kernel[offset : offset + size])
         if ranges is None:
@@ -173,7 +175,8 @@ class Window:
             return 0
         kernel = self.source.kernel
         if isinstance(kernel, int):
-            count = os.preadv(kernel, [buffer[:room]], self.at)
+            with naming(self.source.name):
+                count = os.preadv(kernel, [buffer[:room]], self.at)
         else:
             part = self.source.read_at(self.at, room)
             count = len(part)
@@ -225,7 +228,9 @@ def open_source(source: Readable) -> Source:
         raise _write_only(name)
     fd = _descriptor(source)
     if fd is not None:
-        return _from_descriptor(os.dup(fd), name)
+        with naming(name):
+            fd = os.dup(fd)
+        return _from_descriptor(fd, name)
     if _can_seek(source, name):
         reader = SeekReader(cast("IO[bytes]", source), name)
         return Source(name, reader.size, None, reader)
@@ -307,8 +312,10 @@ def _write_only(name: str) -> UsageError:
 
 def _from_descriptor(fd: int, name: str) -> Source:
     try:
-        status = os.fstat(fd)
-        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY:
+        with naming(name):
+            status = os.fstat(fd)
+            flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        if flags & os.O_ACCMODE == os.O_WRONLY:
             raise _write_only(name)
         if stat.S_ISDIR(status.st_mode):
             raise BlobError(f"{name}: is no regular file but a directory; give the path of a blob")
@@ -316,5 +323,5 @@ def _from_descriptor(fd: int, name: str) -> Source:
             raise BlobError(f"{name}: is no regular file; a blob is read from its end, so save it to a file first")
         return Source(name, status.st_size, fd)
     except BaseException:
-        os.close(fd)
+        quietly(os.close, fd)
         raise

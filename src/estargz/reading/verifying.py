@@ -16,7 +16,7 @@ import os
 from base64 import b64encode
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -46,6 +46,7 @@ from estargz.reading.scan import Scan, scan_tar
 from estargz.reading.source import Readable, Source, Window, blob_errors, open_source
 from estargz.reading.strict import examine
 from estargz.reading.toc import go_text, modtime_seconds, owners
+from estargz.threads import Threads
 
 __all__ = ["Report", "verify"]
 
@@ -159,7 +160,7 @@ def _verify_blob(blob: Blob, diff_id: str | None, threads: int, required: frozen
     work = _plan(blob)
     members = MemberReader(blob) if required is not None else None
     stream = _Ahead(members or blob.open_tar())
-    with ThreadPoolExecutor(1, "estargz-scan") as pool, stream:
+    with Threads(1, "estargz-scan") as pool, stream:
         scanning = pool.submit(_scan, stream)
         if blob.kernel_source is None:
             _check_distant(blob, work)
@@ -297,7 +298,7 @@ class _Ahead:
         self.reader = reader
         self.digest = hashlib.sha256()
         self.size = 0
-        self._pool = ThreadPoolExecutor(1, "estargz-inflate")
+        self._pool = Threads(1, "estargz-inflate")
         self._coming: deque[Future[memoryview]] = deque()
         self._block = memoryview(b"")
         self._cancelled = False

@@ -10,7 +10,7 @@ import queue
 import re
 import threading
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from types import TracebackType
 from typing import Self
@@ -22,6 +22,7 @@ from estargz.http import Failure, parse, printable
 from estargz.image.model import Descriptor
 from estargz.image.store import BlobReader
 from estargz.registry.host import Answer, Body, Requests, SourceFailure
+from estargz.threads import Threads
 
 __all__ = ["Session", "StreamedUpload", "Upload", "new_upload", "put_blob"]
 
@@ -301,7 +302,7 @@ class Upload:
         self._requests, self._session, self._chunk_size, self._whole = requests, session, chunk_size, whole
         self._filling = bytearray()
         self._written = 0
-        self._thread: ThreadPoolExecutor | None = None
+        self._thread: Threads | None = None
         self._sending: Future[None] | None = None
         self._ended = False
         self._ending = threading.Lock()
@@ -350,7 +351,7 @@ class Upload:
         with self._ending:  # another thread may abort meanwhile
             self._check_open()
             if self._thread is None:
-                self._thread = ThreadPoolExecutor(1, thread_name_prefix="estargz-upload")
+                self._thread = Threads(1, thread_name_prefix="estargz-upload")
             return self._thread.submit(send, *given)
 
     def _finish(self) -> None:

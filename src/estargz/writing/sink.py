@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
+from estargz.descriptors import open_folder, sync_folder
 from estargz.errors import SinkError, UsageError
 
 __all__ = ["ObjectSink", "PathSink", "Writable", "open_sink"]
@@ -25,6 +26,14 @@ class Writable(Protocol):
 Destination = str | os.PathLike[str] | Writable
 
 
+def behind_links(path: Path) -> Path:
+    """The path that a path leads to, be it there or not."""
+    try:
+        return Path(os.path.realpath(path, strict=True))
+    except FileNotFoundError:
+        return Path(os.path.realpath(path))
+
+
 class PathSink:
     """A file that is written without a name (or, where the file system cannot, under a temporary one beside it), synced,
     and given its name by ``commit``. Until then, and after ``discard``, nothing is to be seen of it; a process that is
@@ -34,9 +43,10 @@ class PathSink:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(os.path.realpath(path))
+        self.path = Path(os.path.abspath(path))
         self._temporary: Path | None = None
         self._in_place = False
+        self.fd = -1  # none is open
         try:
             self.fd = self._open()
         except OSError as error:
@@ -59,6 +69,7 @@ class PathSink:
         if not stat.S_ISREG(mode):
             self._in_place = True
             return os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
+        self.path = behind_links(self.path)
         try:
             os.stat("/proc/self/fd")  # the only way to name the file later
             return os.open(self.path.parent, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o666)
@@ -89,36 +100,35 @@ class PathSink:
                 os.fsync(self.fd)
                 os.replace(self._temporary or self._give_name(self._temporary_path()), self.path)
                 self._temporary = None
-                self._sync_folder()
-            os.close(self.fd)
-        except OSError as error:
+                sync_folder(self.path.parent)
+            self._close()
+        except BaseException as error:
             self.discard()
-            raise self._error(error) from error
+            if isinstance(error, OSError):
+                raise self._error(error) from error
+            raise
+
+    def _close(self) -> None:
+        handle, self.fd = self.fd, -1  # whatever close() says, nothing is open then, or it is somebody else's
+        if handle >= 0:
+            with suppress(InterruptedError):
+                os.close(handle)
 
     def _give_name(self, temporary: Path) -> Path:
-        # Naming a nameless file means following /proc's link, which os.link does only when it is given a handle.
-        folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.link(f"/proc/self/fd/{self.fd}", temporary.name, src_dir_fd=folder, dst_dir_fd=folder)
-        finally:
-            os.close(folder)
         self._temporary = temporary
+        # Naming a nameless file means following /proc's link, which os.link does only when it is given a handle.
+        with open_folder(self.path.parent) as folder:
+            os.link(f"/proc/self/fd/{self.fd}", temporary.name, src_dir_fd=folder, dst_dir_fd=folder)
         return temporary
-
-    def _sync_folder(self) -> None:
-        folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
     def discard(self) -> None:
         """Leaves nothing behind."""
         with suppress(OSError):
-            os.close(self.fd)
-        if self._temporary is not None:
-            self._temporary.unlink(missing_ok=True)
-            self._temporary = None
+            self._close()
+        temporary, self._temporary = self._temporary, None
+        if temporary is not None:
+            with suppress(OSError):  # the error that led here is the one to tell
+                temporary.unlink()
 
     @property
     def name(self) -> str:

@@ -6,7 +6,7 @@ import io
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import IO, NamedTuple, Protocol, TypeGuard
 
 from estargz import _tar_order, _walk
@@ -14,6 +14,7 @@ from estargz._crew import Crew
 from estargz._inflate import detect
 from estargz._inflate_ahead import InflateAhead
 from estargz._layer import LayerBuilder
+from estargz.descriptors import quietly, read_all_at
 from estargz.errors import SinkError, SourceError, UsageError
 from estargz.writing.priority import LANDMARK_PAYLOAD, NO_PREFETCH_LANDMARK, PREFETCH_LANDMARK, Priority
 
@@ -109,7 +110,7 @@ def open_directory(path: PathLike, opened: ExitStack) -> int:
         raise SourceError(
             f"{os.fspath(path)}: cannot be opened: {error.strerror}; check that the directory exists and is readable"
         ) from error
-    opened.callback(os.close, handle)
+    opened.callback(quietly, os.close, handle)
     return handle
 
 
@@ -143,7 +144,7 @@ class TarSource:
 
     def fill(self, builder: LayerBuilder) -> tuple[str, ...]:
         builder.input_name = self._name
-        prefix = read_prefix(self._readable)
+        prefix = read_prefix(self._readable, self._name)
         if not prefix and self._is_blob is None:  # more likely nobody wrote it than that it is meant
             raise SourceError(f"{self._name}: is empty, and a tar is not; check what writes it")
         kind = detect(prefix)
@@ -154,7 +155,7 @@ class TarSource:
             builder.feed(prefix)
             builder.feed_fd(descriptor)
         elif kind == "plain":
-            for piece in clamped(pieces(prefix, self._readable), self._epoch):
+            for piece in clamped(pieces(prefix, self._readable, self._name), self._epoch):
                 builder.feed(piece)
         else:
             self._feed_compressed(builder, prefix, kind)
@@ -163,12 +164,12 @@ class TarSource:
 
     def _feed_compressed(self, builder: LayerBuilder, prefix: bytes, kind: str) -> None:
         """Inflates in threads of its own, ahead of the calling one, which splits, and of those that compress."""
-        source = compressed(prefix, self._readable)
+        source = compressed(prefix, self._readable, self._name)
         is_blob = source.is_blob() if self._is_blob is None else self._is_blob
         stops = kind == "gzip" and is_blob is not False
         if stops:
             builder.stop_at_toc()
-        with source.inflate(kind, self._name, self._ahead) as inflated:
+        with source.inflate(kind, self._ahead) as inflated:
             for block in clamped(inflated.blocks(), self._epoch):
                 builder.feed(block)
             ended_in_footer = has_footer(source.tail(inflated.offset))
@@ -186,10 +187,11 @@ class TarSource:
         with ExitStack() as opened:
             descriptor = raw_descriptor(self._readable) if self._epoch is None else None
             whole_blob = False
-            if kind == "plain" and descriptor is not None and stat.S_ISREG(os.fstat(descriptor).st_mode):
-                begin, end = os.lseek(descriptor, 0, os.SEEK_CUR) - len(prefix), os.fstat(descriptor).st_size
+            if kind == "plain" and descriptor is not None and is_regular(self._readable, self._name):
+                with readable_errors(self._name):
+                    begin, end = os.lseek(descriptor, 0, os.SEEK_CUR) - len(prefix), os.fstat(descriptor).st_size
             else:
-                spool, tail = opened.enter_context(self._spooled(compressed(prefix, self._readable), kind))
+                spool, tail = opened.enter_context(self._spooled(compressed(prefix, self._readable, self._name), kind))
                 descriptor, begin, end = spool.fileno(), 0, spool.tell()
                 whole_blob = kind == "gzip" and has_footer(tail)
             order = _tar_order.TarOrder(builder, descriptor, begin, end)
@@ -208,12 +210,10 @@ class TarSource:
 
         Raises SinkError when the tar finds no room.
         """
-        import tempfile  # slow, and rarely wanted
-
-        with tempfile.TemporaryFile(prefix="estargz-", buffering=0) as spool:
-            with source.inflate(kind, self._name, self._ahead) as inflated:
+        with temporary_file() as (spool, folder):
+            with source.inflate(kind, self._ahead) as inflated:
                 for block in clamped(inflated.blocks(), self._epoch):
-                    keep(spool, block, tempfile.gettempdir())
+                    keep(spool, block, folder)
                 tail = source.tail(inflated.offset)
             yield spool, tail
 
@@ -221,7 +221,33 @@ class TarSource:
         if self._owned:
             close = getattr(self._readable, "close", None)
             if close is not None:
-                close()
+                quietly(close)
+
+
+@contextmanager
+def temporary_file() -> Iterator[tuple[IO[bytes], str]]:
+    """A file without a name in a directory. Raises SinkError when there is no room for one."""
+    import tempfile  # slow, and rarely wanted
+
+    folder = "$TMPDIR"
+    try:
+        folder = tempfile.gettempdir()
+        spool = tempfile.TemporaryFile(prefix="estargz-", buffering=0)  # noqa: SIM115 # closed below
+    except OSError as error:
+        raise no_spool(folder, error) from error
+    try:
+        yield spool, folder
+    finally:
+        quietly(spool.close)  # what it holds is not wanted any more
+
+
+def no_spool(folder: str, error: OSError) -> SinkError:
+    raised = SinkError(
+        f"{folder}: the uncompressed tar cannot be kept there meanwhile: {error.strerror}; "
+        "free some space, set TMPDIR, or build from a plain tar file"
+    )
+    raised.errno = error.errno
+    return raised
 
 
 def keep(spool: IO[bytes], data: Block, folder: str) -> None:
@@ -229,28 +255,24 @@ def keep(spool: IO[bytes], data: Block, folder: str) -> None:
         while data:
             data = data[spool.write(data) :]
     except OSError as error:
-        raised = SinkError(
-            f"{folder}: the uncompressed tar cannot be kept there meanwhile: {error.strerror}; "
-            "free some space, set TMPDIR, or build from a plain tar file"
-        )
-        raised.errno = error.errno
-        raise raised from error
+        raise no_spool(folder, error) from error
 
 
-def read_prefix(readable: Readable) -> bytes:
+def read_prefix(readable: Readable, name: str) -> bytes:
     """Enough bytes to tell the type by: fewer only at the end of the stream."""
     prefix = b""
     while len(prefix) < 4:
-        piece = read_piece(readable, 4 - len(prefix))
+        piece = read_piece(readable, 4 - len(prefix), name)
         if not piece:
             break
         prefix += piece
     return prefix
 
 
-def read_piece(readable: Readable, size: int) -> bytes:
+def read_piece(readable: Readable, size: int, name: str) -> bytes:
     """At most ``size`` bytes, none at the end. Raises SourceError for an object that does not wait for data."""
-    piece = readable.read(size)
+    with readable_errors(name) if isinstance(readable, io.FileIO) else nullcontext():
+        piece = readable.read(size)
     if piece is None:
         raise SourceError("input: its read() has nothing yet and does not wait; make it a blocking one")
     if isinstance(piece, str):
@@ -258,26 +280,36 @@ def read_piece(readable: Readable, size: int) -> bytes:
     return piece
 
 
+@contextmanager
+def readable_errors(name: str) -> Iterator[None]:
+    """An error of the system, from a file that is read, becomes one that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise SourceError(f"{name}: cannot be read: {error.strerror}; check the file system that holds it") from error
+
+
 def raw_descriptor(readable: Readable) -> int | None:
     """The descriptor of an unbuffered file, from which a kernel can read on; None for every other object."""
     return readable.fileno() if isinstance(readable, io.FileIO) else None
 
 
-def is_regular(readable: Readable) -> TypeGuard[io.FileIO]:
+def is_regular(readable: Readable, name: str) -> TypeGuard[io.FileIO]:
     """Whether it can be read at any place; files whose size the kernel does not tell cannot."""
     descriptor = raw_descriptor(readable)
     if descriptor is None:
         return False
-    status = os.fstat(descriptor)
+    with readable_errors(name):
+        status = os.fstat(descriptor)
     return stat.S_ISREG(status.st_mode) and status.st_size > 0
 
 
-def pieces(prefix: bytes, readable: Readable) -> Iterator[bytes]:
+def pieces(prefix: bytes, readable: Readable, name: str) -> Iterator[bytes]:
     """All of an object, with the bytes that were read from it to look at them put back in front."""
     piece = prefix
     while piece:
         yield piece
-        piece = read_piece(readable, PIECE_SIZE)
+        piece = read_piece(readable, PIECE_SIZE, name)
 
 
 def clamped(blocks: Iterable[Block], epoch: int | None) -> Iterator[Block]:
@@ -315,42 +347,49 @@ class Ahead(NamedTuple):
 class CompressedFile:
     """A compressed regular file whose first bytes were read already, for threads that read it themselves."""
 
-    def __init__(self, prefix: bytes, file: io.FileIO) -> None:
+    def __init__(self, prefix: bytes, file: io.FileIO, name: str) -> None:
         self._file = file
-        self._begin = file.tell() - len(prefix)
+        self._name = name
+        with readable_errors(name):
+            self._begin = file.tell() - len(prefix)
 
-    def inflate(self, kind: str, name: str, ahead: Ahead) -> InflateAhead:
-        return InflateAhead(
-            self._file.fileno(), kind, begin=self._begin, name=name, threads=ahead.threads, crew=ahead.crew
-        )
+    def inflate(self, kind: str, ahead: Ahead) -> InflateAhead:
+        handle = self._file.fileno()
+        with readable_errors(self._name):
+            return InflateAhead(
+                handle, kind, begin=self._begin, name=self._name, threads=ahead.threads, crew=ahead.crew
+            )
 
     def is_blob(self) -> bool:
         """Whether it ends as an eStargz blob does."""
-        size = os.fstat(self._file.fileno()).st_size
-        return has_footer(os.pread(self._file.fileno(), TAIL_SIZE, max(size - TAIL_SIZE, self._begin)))
+        with readable_errors(self._name):
+            size = os.fstat(self._file.fileno()).st_size
+            return has_footer(read_all_at(self._file.fileno(), max(size - TAIL_SIZE, self._begin), TAIL_SIZE))
 
     def tail(self, size: int) -> bytes:
         """The last bytes, of which there are ``size`` altogether; leaves the file read to its end, as others are."""
-        end = self._file.seek(self._begin + size)
-        return os.pread(self._file.fileno(), min(TAIL_SIZE, size), end - min(TAIL_SIZE, size))
+        with readable_errors(self._name):
+            end = self._file.seek(self._begin + size)
+            return read_all_at(self._file.fileno(), end - min(TAIL_SIZE, size), min(TAIL_SIZE, size))
 
 
 class CompressedObject:
     """A readable object with the bytes that were read from it to look at them put back in front."""
 
-    def __init__(self, prefix: bytes, readable: Readable) -> None:
+    def __init__(self, prefix: bytes, readable: Readable, name: str) -> None:
         self._prefix = prefix
         self._readable = readable
+        self._name = name
         self._tail = b""
 
-    def inflate(self, kind: str, name: str, ahead: Ahead) -> InflateAhead:
-        return InflateAhead(self, kind, name=name, threads=ahead.threads, crew=ahead.crew)
+    def inflate(self, kind: str, ahead: Ahead) -> InflateAhead:
+        return InflateAhead(self, kind, name=self._name, threads=ahead.threads, crew=ahead.crew)
 
     def read(self, size: int) -> bytes:
         if self._prefix:
             data, self._prefix = self._prefix[:size], self._prefix[size:]
         else:
-            data = read_piece(self._readable, size)
+            data = read_piece(self._readable, size, self._name)
         self._tail = (self._tail + data[-TAIL_SIZE:])[-TAIL_SIZE:]
         return data
 
@@ -364,8 +403,10 @@ class CompressedObject:
 Compressed = CompressedFile | CompressedObject
 
 
-def compressed(prefix: bytes, readable: Readable) -> Compressed:
-    return CompressedFile(prefix, readable) if is_regular(readable) else CompressedObject(prefix, readable)
+def compressed(prefix: bytes, readable: Readable, name: str) -> Compressed:
+    if is_regular(readable, name):
+        return CompressedFile(prefix, readable, name)
+    return CompressedObject(prefix, readable, name)
 
 
 def inflating_threads(threads: int) -> int:
@@ -417,7 +458,7 @@ def open_source(
     if epoch is not None and not -(2**63) <= epoch < 2**63:
         raise UsageError(f"{epoch} is no time: the upper bound of modification times is a number of seconds")
     if isinstance(source, str | os.PathLike):
-        if os.path.isdir(source) or ((lower is not None or overlay_lower is not None) and not os.path.exists(source)):
+        if is_directory(source) or ((lower is not None or overlay_lower is not None) and not os.path.exists(source)):
             lowers = list(overlay_lower) if overlay_lower is not None else [lower] if lower is not None else []
             return TreeSource(
                 source, lowers, overlay=overlay_lower is not None, epoch=epoch, landmark=landmark, priority=priority
@@ -441,6 +482,20 @@ def open_source(
     )
 
 
+def is_directory(path: PathLike) -> bool:
+    """Whether a path leads to a directory; False where nothing is. Raises SourceError when nobody can tell."""
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise cannot_be_opened(path, error) from error
+
+
+def cannot_be_opened(path: PathLike, error: OSError) -> SourceError:
+    return SourceError(f"{os.fspath(path)}: cannot be opened: {error.strerror}; check that it exists and is readable")
+
+
 def no_lowers(lower: PathLike | None, overlay_lower: Sequence[PathLike] | None) -> None:
     if lower is not None or overlay_lower is not None:
         raise UsageError("a lower directory goes with a directory, not with a tar stream")
@@ -450,9 +505,7 @@ def open_tar(path: PathLike) -> io.FileIO:
     try:
         return io.FileIO(path, "rb")
     except OSError as error:
-        raise SourceError(
-            f"{os.fspath(path)}: cannot be opened: {error.strerror}; check that it exists and is readable"
-        ) from error
+        raise cannot_be_opened(path, error) from error
 
 
 @contextmanager

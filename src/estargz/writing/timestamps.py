@@ -219,7 +219,7 @@ class ClampedTar:
 
     def _take(self, size: int) -> bytes:
         """So many bytes of the input, fewer only at its end."""
-        while len(self._input) < size and (piece := read_piece(self._readable, PIECE_SIZE)):
+        while len(self._input) < size and (piece := read_piece(self._readable, PIECE_SIZE, "input")):
             self._input += piece
         taken = _cut(self._input, size)
         self._offset += len(taken)
@@ -229,7 +229,7 @@ class ClampedTar:
         """At most so many bytes, without a copy where it can be; nothing at the end."""
         if self._input:
             return self._take(min(limit, len(self._input)))
-        piece = read_piece(self._readable, limit)
+        piece = read_piece(self._readable, limit, "input")
         self._offset += len(piece)
         return piece
 
