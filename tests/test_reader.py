@@ -470,7 +470,7 @@ ODD = [
     {"digest": "sha512:" + "0" * 128},
     {"digest": "sha256:" + "A" * 64},
     {"chunkDigest": "md5:00"},
-    {"xattrs": {"a": "no base64", "\x00": ""}},
+    {"xattrs": {"a": "YQ==", "\x00": ""}},
     {"uid": -5, "gid": 1 << 40},
     {"name": "\u2028\ufffd \U0001f600"},
 ]
@@ -528,6 +528,7 @@ def test_limits_of_a_blob() -> None:
     [
         ([{"name": "l", "type": "symlink", "linkName": "../" * 30_000}], "a link or owner of more than 65536 bytes"),
         ([{"name": "l", "type": "dir", "xattrs": {"user.k": "A" * (3 << 20)}}], "attributes take more than 2 MiB"),
+        ([{"name": "l", "type": "dir", "xattrs": {"user.k": "no base64"}}], "attribute 'user.k' is no base64"),
     ],
 )
 def test_other_texts_are_limited(entries: list[dict[str, Any]], message: str) -> None:

@@ -8,6 +8,7 @@ in use; where they differ, the stricter one holds.
 
 from __future__ import annotations
 
+import binascii
 import codecs
 import json
 import operator
@@ -375,7 +376,7 @@ def load_table(pieces: deque[bytes], toc_offset: int, limits: Limits, *, name: s
         if len(index) + len(entries) > limits.entries:
             raise BlobError(f"{name}: more than {limits.entries} entries; raise the limit if you trust the blob")
         try:
-            index.add(entries, msgspec.json.encode)
+            index.add(entries, _encoded)
         except ValueError as error:
             at, what = error.args[0]
             raise _bad(name, entries[at].name, what) from None
@@ -383,6 +384,16 @@ def load_table(pieces: deque[bytes], toc_offset: int, limits: Limits, *, name: s
     if fault is not None:
         raise _bad(name, index.texts(fault[0])[0], fault[1])
     return Table(index)
+
+
+def _encoded(xattrs: dict[str, str]) -> bytes:
+    """Raises ValueError for a value that is no base64: other decoders then refuse all of the table."""
+    for key, value in xattrs.items():
+        try:
+            binascii.a2b_base64(value, strict_mode=True)
+        except ValueError:
+            raise ValueError(f"its extended attribute {key[:200]!r} is no base64") from None
+    return msgspec.json.encode(xattrs)
 
 
 # How Go's encoder begins a table, parts its entries and ends it. No string in JSON holds a raw line feed.

@@ -224,7 +224,8 @@ def _paths(blob: Blob) -> Iterator[str]:
         path = waiting.popleft()
         yield path
         if accepted(blob.type_of, path, follow_symlinks=False) == "dir":
-            waiting.extend(f"{path}/{name}" if path else name for name in blob.listdir(path)[:_WALKED])
+            names = accepted(blob.listdir, path, refusal=OSError) or []  # none below a hard link to a directory
+            waiting.extend(f"{path}/{name}" if path else name for name in names[:_WALKED])
 
 
 @cache

@@ -44,7 +44,7 @@ def output(data: bytes) -> None:
     mine = accepted(Output.parse, text, environ={})
     theirs = peer("output").ask(data)
     # A line is one: Go takes the first of several, and passes over those that are empty.
-    if "\n" in text.strip("\r\n") or "\r" in text or text[:1] == "\n":
+    if "\n" in text.removesuffix("\n") or "\r" in text:
         return
     # Levels go higher than BuildKit's here.
     if mine is not None and mine.compression_level is None:
@@ -69,7 +69,9 @@ def reference(data: bytes) -> None:
         mine = {key: getattr(found, key) for key in ("host", "repository", "tag", "digest") if getattr(found, key)}
         expect(mine == theirs, f"docker reads {theirs}, not {mine}")
     elif theirs is not None:
-        expect(_is_refused_by_choice(text), f"docker reads {theirs}")
+        expect(
+            not theirs["host"] or _is_refused_by_choice(text), f"docker reads {theirs}"
+        )  # in k_f.l/t it finds no host
 
 
 def _is_refused_by_choice(text: str) -> bool:
@@ -109,7 +111,7 @@ def size(data: bytes) -> None:
     found = accepted(parse_size, text)
     if found is None:
         return
-    expect(parse_size(str(found)) == found or found >= 10**20, f"{found} is read otherwise")
+    expect(found >= 10**20 or parse_size(str(found)) == found, f"{found} is read otherwise")
     digits, unit = re.fullmatch(r"(\d+)(\D*)", re.sub(r"\s", "", text)).groups()  # type: ignore[union-attr]
     power = " kmgt".index(unit[:1].lower()) if unit and unit[0].lower() in "kmgt" else 0
     expect(found == int(digits) * 1024**power, f"{found} is not what {text!r} means")
