@@ -144,7 +144,7 @@ class Blob:
         return os.stat_result(numbers, more)
 
     def _device(self, entry: TOCEntry) -> int:
-        if not (0 <= entry.dev_major < 2**32 and 0 <= entry.dev_minor < 2**32):
+        if not (0 <= entry.dev_major < 2**31 and 0 <= entry.dev_minor < 2**31):  # more than Linux has, and Python takes
             raise BlobError(
                 f"{self.name}: {entry.name!r}: no device has the numbers {entry.dev_major}, {entry.dev_minor}"
             )

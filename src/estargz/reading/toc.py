@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NoReturn, overload
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, overload
 
 import msgspec
 
@@ -90,7 +90,7 @@ class TOCEntry(msgspec.Struct, gc=False, frozen=True, rename="camel", omit_defau
 class TOC(msgspec.Struct, gc=False, frozen=True, forbid_unknown_fields=True):
     """The whole table, entries in the order of the tar."""
 
-    version: int
+    version: Annotated[int, msgspec.Meta(ge=_INT64[0], le=_INT64[-1])]
     entries: list[TOCEntry] = []
 
 

@@ -105,10 +105,12 @@ def _read_entries(text: _Text, found: TOCText, table: str) -> None:
     text.take("[")
     while text.peek() != "]":
         entry = text.small_object()
-        if entry is None:
+        if entry is not None:
+            _check_entry(entry, found, table)
+        elif text.peek() == "{":
             _read_large_entry(text, found, table)
         else:
-            _check_entry(entry, found, table)
+            text.skip()  # in a list that another one comes behind, which is all that parse_toc() has looked into
         if text.peek() == ",":
             text.take(",")
     text.take("]")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -149,6 +150,7 @@ def _server(data: bytes) -> Iterator[None]:
     with (
         mock.patch.object(http._Abortable, "_connected", connected),
         mock.patch.object(socket, "getaddrinfo", resolved),
+        mock.patch.object(ssl.SSLContext, "load_default_certs"),  # takes its time, and nobody here has a certificate
     ):
         try:
             yield

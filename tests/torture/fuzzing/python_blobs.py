@@ -8,7 +8,7 @@ import io
 import json
 import re
 import tarfile
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
@@ -76,24 +76,33 @@ def _stated(entry: TOCEntry) -> dict[str, Any]:
 
 
 def _is_refused_by_choice(data: bytes, theirs: Mapping[str, Any]) -> bool:
-    """No entry, or no table at all, in place of one; and what is nested deeper than any table."""
+    """No entry, or no table, in place of one; attributes as lists of numbers; what is nested deeper than any table."""
     depth = deepest = 0
     for byte in data:
         depth += (byte in b"[{") - (byte in b"]}")
         deepest = max(deepest, depth)
-    return data.strip() == b"null" or None in (theirs["entries"] or []) or deepest > _DEPTH
+    if data.strip() == b"null" or None in (theirs["entries"] or []) or deepest > _DEPTH:
+        return True
+    attributes = [
+        value for pairs in _objects(data) for key, value in pairs if key == "xattrs" and isinstance(value, dict)
+    ]
+    return any(isinstance(value, list) for one in attributes for value in one.values())
 
 
 def _has_twice(data: bytes) -> bool:
     """Whether a key comes twice in an object, be it in small letters and in capitals."""
-    found = False
+    return any(len({key for key, _ in pairs}) < len(pairs) for pairs in _objects(data))
 
-    def look(pairs: list[tuple[str, Any]]) -> None:
-        nonlocal found
-        keys = Counter(key.lower().replace("\u017f", "s") for key, _ in pairs)
-        found = found or max(keys.values(), default=0) > 1
 
-    json.loads(data.decode(errors="replace"), object_pairs_hook=look)
+def _objects(data: bytes) -> list[list[tuple[str, Any]]]:
+    """All of the JSON, with its keys as Go compares them."""
+    found: list[list[tuple[str, Any]]] = []
+
+    def keep(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found.append([(key.replace("\u017f", "s").replace("\u212a", "k").lower(), value) for key, value in pairs])
+        return dict(pairs)
+
+    json.loads(data.decode(errors="replace"), object_pairs_hook=keep)
     return found
 
 
@@ -140,7 +149,7 @@ def strict(data: bytes) -> None:
         case = json.loads(data)
         tar = _tar(case["entries"])
         before, after = (str(text).encode() for text in case.get("replaced", ("", "")))
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, tarfile.TarError):
+    except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError, RecursionError, tarfile.TarError):
         return
     made = io.BytesIO()
     layer = accepted(estargz.build, io.BytesIO(tar), made, threads=1, prefetch=(), chunk_size=512)
