@@ -253,8 +253,8 @@ class _Text:
                 if not self._more():
                     raise
                 continue
-            # A number that ends where the text does may go on.
-            if end == len(self._text) and self._more():
+            # A number that ends where the text does may go on, and so may one that ends in front of a point there.
+            if _end(_LITERAL, self._text, end) == len(self._text) and self._more():
                 continue
             self._expect_at_most(end - self._at)
             self._at = end
