@@ -10,6 +10,7 @@ these whatever the others do. More it gets while there is more and nobody waits 
 is written.
 """
 
+from libc.errno cimport EINTR, errno
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t
 from libc.stdlib cimport calloc, free
@@ -141,6 +142,7 @@ cdef bint crew_take(crew *c, int64_t *ends_ns) noexcept nogil:
 cdef bint wait_for_seat(crew *c) noexcept nogil:
     cdef crew_waiter me
     cdef char rung
+    cdef ssize_t got
     pthread_mutex_lock(&c.lock)
     if c.free_seats:
         c.free_seats -= 1
@@ -159,16 +161,19 @@ cdef bint wait_for_seat(crew *c) noexcept nogil:
         pthread_cond_wait(&c.called, &c.lock)
     pthread_mutex_unlock(&c.lock)
     if me.bell[0] >= 0:
-        while read(me.bell[0], &rung, 1) < 0:       # a signal
-            pass
+        got = read(me.bell[0], &rung, 1)
+        while got < 0:                              # a signal
+            got = read(me.bell[0], &rung, 1)
         close(me.bell[0])
-        close(me.bell[1])
+        if got:                                     # else who called has closed it
+            close(me.bell[1])
     return True
 
 
 cdef void crew_give(crew *c) noexcept nogil:
     cdef crew_waiter *first
     cdef int bell = -1
+    cdef ssize_t rung
     if c == NULL:
         return
     pthread_mutex_lock(&c.lock)
@@ -185,7 +190,11 @@ cdef void crew_give(crew *c) noexcept nogil:
     # A pipe, for who writes to one is taken to sleep soon: the other thread gets this one's CPU at once. After a condition's
     # signal it may stand in line for another, and the seat is empty for a millisecond.
     if bell >= 0:
-        write(bell, b"!", 1)
+        rung = write(bell, b"!", 1)
+        while rung < 0 and errno == EINTR:
+            rung = write(bell, b"!", 1)
+        if rung < 0:                                # the kernel has no memory: the end of the pipe is a call, too
+            close(bell)
 
 
 cdef bint crew_turn(crew *c, int64_t *ends_ns) noexcept nogil:

@@ -511,8 +511,8 @@ cdef class Pipeline:
         with nogil:
             pthread_mutex_lock(&self.lock)
             self.running += change
-            if change < 0:
-                pthread_cond_signal(&self.progress_made)
+            if change < 0:      # who aborts waits for it beside the producer
+                pthread_cond_broadcast(&self.progress_made)
             pthread_mutex_unlock(&self.lock)
 
     def _run(self, int index):

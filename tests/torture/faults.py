@@ -49,7 +49,7 @@ OUTCOMES: dict[str, str] = {
         "open": "EINTR EACCES EMFILE EIO",
         "openat2": "EINTR EACCES EMFILE EMFILE+ ENOMEM EIO EAGAIN ENOSYS ENOSYS+",
         "read pread64 readv preadv preadv2": "EINTR EIO EIO+ ENOMEM one half half+",
-        "write pwrite64 writev pwritev pwritev2": "EINTR EIO ENOSPC ENOSPC+ EDQUOT one half half+",
+        "write pwrite64 writev pwritev pwritev2": "EINTR EIO ENOMEM ENOSPC ENOSPC+ EDQUOT one half half+",
         "copy_file_range": "EINTR EIO ENOSPC EXDEV EXDEV+ ENOSYS+ EOPNOTSUPP+ one half half+",
         "sendfile": "EINTR EIO EINVAL+ ENOMEM one half",
         "sendto recvfrom": "EINTR EIO ECONNRESET one half",
@@ -279,6 +279,15 @@ WORDS_OF_OTHERS = (
 )
 
 
+def of_others(error: BaseException) -> bool:
+    """Whether an interruption got out of SQLite, or of Python's listdir() and scandir(), which do not try again."""
+    cause = error.__cause__ or error
+    listed = (
+        isinstance(cause, InterruptedError) and isinstance(cause.filename, str | Path) and Path(cause.filename).is_dir()
+    )
+    return listed or any(words in str(error) for words in WORDS_OF_OTHERS)
+
+
 def lost(before: tuple[dict[str, str], int], after: tuple[dict[str, str], int]) -> Iterator[str]:
     for number in after[0].keys() - before[0].keys():
         yield f"descriptor left: {after[0][number]}"
@@ -302,7 +311,7 @@ def judge(
         if fault.call != "any allocation":
             reason = unclear(error, fault)
             yield from [reason] if reason else []
-            if fault.unnoticed and not any(words in str(error) for words in WORDS_OF_OTHERS):
+            if fault.unnoticed and not of_others(error):
                 yield f"noticed, {type(error).__name__}: {error}"
         hopeless = fault.call in ("unlink", "unlinkat", "rmdir") or (
             fault.outcome[-1] == "+" and scenario.name == "extract_new"
@@ -612,7 +621,7 @@ def main() -> int:
     arguments = parser("faults", __doc__)
     arguments.add_argument("--only", action="append", default=[], metavar="SCENARIO[:CALL[:INDEX[:OUTCOME]]]")
     arguments.add_argument("--show", action="store_true", help="where the fault happens, and what is raised")
-    arguments.add_argument("--share", type=int, default=110, help="faults a scenario, with --quick")
+    arguments.add_argument("--share", type=int, default=40, help="faults a scenario, with --quick")
     arguments.add_argument("--check-itself", action="store_true", help="no more than what a run begins with")
     chosen = arguments.parse_args()
     if "injector" not in os.environ.get("LD_PRELOAD", ""):

@@ -17,6 +17,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <ucontext.h>
@@ -91,13 +92,26 @@ static long with_less(long number, const long *a) {
 }
 
 
+/* Whether a pipe could fail so: it has neither a disk nor a quota. Only who writes to one needs memory. */
+static int is_true_of(long number, long descriptor) {
+    struct stat found;
+    if (fault_action != FAIL || (number != SYS_read && number != SYS_write))
+        return 1;
+    if (fault_errno == EINTR || (fault_errno == ENOMEM && number == SYS_write))
+        return 1;
+    if (injector_call(SYS_fstat, descriptor, (long)&found, 0, 0, 0, 0) || !S_ISFIFO(found.st_mode))
+        return 1;
+    atomic_fetch_sub(&injector_fired, 1);
+    return 0;
+}
+
 static void trapped(int signal, siginfo_t *info, void *context) {
     (void)signal;
     greg_t *registers = ((ucontext_t *)context)->uc_mcontext.gregs;
     long number = info->si_syscall, result;
     long a[6] = {registers[REG_RDI], registers[REG_RSI], registers[REG_RDX], registers[REG_R10], registers[REG_R8], registers[REG_R9]};
     int wanted = atomic_load(&armed), before = errno;
-    if (due(number)) {
+    if (due(number) && is_true_of(number, a[0])) {
         if (fault_action != FAIL)
             result = with_less(number, a);
         else {

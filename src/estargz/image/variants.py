@@ -324,7 +324,7 @@ class VariantStore(BlobFolder):
     def usage(self) -> list[Usage]:
         """The variants, the last used first. Raises ImageError when an image of the directory is malformed."""
         imaged = self._digests_of_images()
-        with self._index.transaction() as database:
+        with _said(self.directory), self._index.transaction() as database:
             leased = self._index.leased(database)
             query = "SELECT key, digest, size, created, used FROM variants ORDER BY used DESC, key"
             rows = database.execute(query).fetchall()

@@ -191,8 +191,10 @@ class TarSource:
                 with readable_errors(self._name):
                     begin, end = os.lseek(descriptor, 0, os.SEEK_CUR) - len(prefix), os.fstat(descriptor).st_size
             else:
-                spool, tail = opened.enter_context(self._spooled(compressed(prefix, self._readable, self._name), kind))
-                descriptor, begin, end = spool.fileno(), 0, spool.tell()
+                spool, end, tail = opened.enter_context(
+                    self._spooled(compressed(prefix, self._readable, self._name), kind)
+                )
+                descriptor, begin = spool.fileno(), 0
                 whole_blob = kind == "gzip" and has_footer(tail)
             order = _tar_order.TarOrder(builder, descriptor, begin, end)
             if whole_blob and not order.toc_cut:
@@ -205,17 +207,19 @@ class TarSource:
             return missing
 
     @contextmanager
-    def _spooled(self, source: Compressed, kind: str) -> Iterator[tuple[IO[bytes], bytes]]:
-        """A file without a name that holds a stream's tar, positioned at its end, and the last bytes of the stream itself.
+    def _spooled(self, source: Compressed, kind: str) -> Iterator[tuple[IO[bytes], int, bytes]]:
+        """A file without a name that holds a stream's tar, that tar's bytes, and the last ones of the stream itself.
 
         Raises SinkError when the tar finds no room.
         """
+        size = 0
         with temporary_file() as (spool, folder):
             with source.inflate(kind, self._ahead) as inflated:
                 for block in clamped(inflated.blocks(), self._epoch):
+                    size += len(block)
                     keep(spool, block, folder)
                 tail = source.tail(inflated.offset)
-            yield spool, tail
+            yield spool, size, tail
 
     def close(self) -> None:
         if self._owned:
