@@ -14,6 +14,7 @@ from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint32_t
 from libc.string cimport memcmp, memcpy, memset
 
+from posix.fcntl cimport F_GETFL, O_NONBLOCK, fcntl
 from posix.unistd cimport read
 
 cdef extern from "<unistd.h>" nogil:
@@ -524,6 +525,8 @@ cdef class LayerBuilder:
         cdef int ready
         waiting.fd = fd
         waiting.events = POLLIN
+        if fcntl(fd, F_GETFL) & O_NONBLOCK:
+            return True         # nor does a read wait: it tells so
         while True:
             ready = poll(&waiting, 1, LISTEN_MS)
             if ready > 0 or (ready < 0 and errno != EINTR):
