@@ -6,7 +6,9 @@ of JSON is printed: {"target", "executions", "fault"}, the fault null or the end
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import re
@@ -21,7 +23,7 @@ from typing import Any
 
 import atheris
 
-with warnings.catch_warnings():
+with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # a line for each module
     warnings.simplefilter("ignore")
     with atheris.instrument_imports(include=["estargz"], enable_loader_override=False):
         from . import python_answers, python_blobs, python_documents, python_texts
@@ -56,6 +58,8 @@ def fuzz(wanted: Target, runs: int, seconds: int) -> None:
     if not seconds:
         shutil.rmtree(found, ignore_errors=True)  # the same run each time begins with the same inputs
     found.mkdir(parents=True, exist_ok=True)
+    for old in place.glob("*-*"):  # inputs that something was wrong with, once
+        old.unlink()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     limits = [f"-runs={runs or -1}", f"-max_total_time={seconds}", f"-timeout={SECONDS_FOR_ONE}"]
     options = [
