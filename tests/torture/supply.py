@@ -262,7 +262,7 @@ def full(outcome: Outcome, work: Path, sdist: Path) -> None:
     make_strange(trees[1])
     wheel = pack_twice(outcome, "wheel", *trees)
     check_wheel(outcome, wheel)
-    check_stages(outcome, wheel, [str(work), str(Path.home()), str(ROOT)])
+    check_stages(outcome, wheel, [str(work), f"{Path.home()}/", str(ROOT)])
     check_installations(outcome, work, sdist, wheel)
     oldest = [requirement.replace(">=", "==") for requirement in requirements()]
     tested(outcome, work, "oldest", sys.executable, oldest, sdist)
