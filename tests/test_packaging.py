@@ -81,3 +81,8 @@ def test_every_dependency_has_its_reason_and_its_bound() -> None:
         name, _, oldest = requirement.partition(">=")
         row = rf"^\| {name.partition('[')[0]} +\| {re.escape(oldest)} +\| .{{20}}"
         assert re.search(row, DOCUMENT, re.MULTILINE), requirement
+
+
+def test_scripts_fetch_only_through_package_managers() -> None:
+    for script in [ROOT / "setup.py", ROOT / "pyproject.toml", ROOT / ".ci" / "run", *(ROOT / "scripts").iterdir()]:
+        assert re.findall(r"https?://|\b(?:curl|wget) |\burl(?:open|retrieve)\b", script.read_text()) == [], script
