@@ -308,6 +308,28 @@ def test_commit_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call
     assert names_in(tmp_path) == []
 
 
+def test_commit_that_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the temporary name and the last one."""
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, nothing_leaks():
+        patch.setattr(os, "replace", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            estargz.build(io.BytesIO(SMALL), tmp_path / "blob")
+    assert names_in(tmp_path) == []
+
+
+def test_pipe_that_has_no_path(tmp_path: Path) -> None:
+    """As /dev/stdout is one."""
+    (tmp_path / "tar").write_bytes(SMALL)
+    process = started("build", tmp_path / "tar", "-o", "/dev/stdout")
+    assert process.stdout is not None
+    assert blob_of(SMALL)[1] in process.communicate(timeout=30)[0]
+    assert process.returncode == 0
+
+
 # --- the caller
 
 
