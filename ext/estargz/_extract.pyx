@@ -239,7 +239,7 @@ cdef class Extractor(Folders):
     cdef bint ended, cancelled
     cdef est_failure failure                    # code 0: none so far
     cdef int64_t failed_number, failed_layer
-    cdef int running                # workers that have been started and have not ended
+    cdef int running                # workers that have begun and have not ended
     cdef object interrupt, progress
     cdef int64_t progress_due_ns
 
@@ -594,39 +594,36 @@ cdef class Extractor(Folders):
         """See Pipeline.start_threads."""
         cdef int i, code
         for i in range(1, self.threads):
-            self.count_running(1)
             try:
                 start_new_thread(self._run, ())
             except BaseException as error:
                 code = EST_NO_THREAD if isinstance(error, RuntimeError) else EST_NO_MEMORY
-                self.count_running(-1)
                 with nogil:
                     self.fail(code, EAGAIN, self.number, -1, "", 0)
                 self.cancelled = True
                 break
-
-    cdef void count_running(self, int change) noexcept:
-        with nogil:
-            pthread_mutex_lock(&self.lock)
-            self.running += change
-            if change < 0:      # who aborts waits for it beside the producer
-                pthread_cond_broadcast(&self.progress_made)
-            pthread_mutex_unlock(&self.lock)
 
     def _run(self):
         cdef buffer skipped
         memset(&skipped, 0, sizeof(skipped))
         with nogil:
             pthread_mutex_lock(&self.lock)
-            while True:
-                if self.step(&skipped):
-                    continue
-                if self.ended:
-                    break
-                pthread_cond_wait(&self.work_or_end, &self.lock)
+            if not self.ended:      # else nobody waits for this thread any more
+                self.running += 1
+                self.work_to_the_end(&skipped)
+                self.running -= 1
+                pthread_cond_broadcast(&self.progress_made)
             pthread_mutex_unlock(&self.lock)
             buffer_free(&skipped)
-        self.count_running(-1)
+
+    cdef void work_to_the_end(self, buffer *skipped) noexcept nogil:
+        """A worker's whole life; with the lock held, which is released meanwhile."""
+        while True:
+            if self.step(skipped):
+                continue
+            if self.ended:
+                break
+            pthread_cond_wait(&self.work_or_end, &self.lock)
 
     cdef void stop(self) noexcept nogil:
         pthread_mutex_lock(&self.lock)

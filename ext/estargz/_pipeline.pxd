@@ -145,7 +145,7 @@ cdef class Pipeline:
     cdef worker *workers
     cdef int worker_count
     cdef int producing                   # the stage that the producer's own time goes to
-    cdef int running                     # workers that have been started and have not ended
+    cdef int running                     # workers that have begun and have not ended
     cdef object interrupt                # exception raised by a signal handler or the progress callback
     cdef object progress
     cdef int64_t progress_due_ns
@@ -208,7 +208,7 @@ cdef class Pipeline:
     cdef int write_fd(self, const uint8_t *data, size_t size) noexcept nogil
     cdef int write_object(self, const uint8_t *data, size_t size) noexcept with gil
     cdef int start_threads(self) noexcept with gil
-    cdef void count_running(self, int change) noexcept
+    cdef void work_to_the_end(self, worker *w) noexcept nogil
     cdef bint attend(self) noexcept nogil
     cdef bint listen(self) noexcept nogil
     cdef ssize_t write_some(self, const uint8_t *data, size_t size) noexcept nogil

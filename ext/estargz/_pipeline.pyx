@@ -494,12 +494,10 @@ cdef class Pipeline:
         cdef int code = EST_OK
         memset(&failure, 0, sizeof(failure))
         for i in range(1, self.worker_count):
-            self.count_running(1)
             try:
                 start_new_thread(self._run, (i,))
-            except BaseException as error:
+            except BaseException as error:      # the thread may have begun all the same
                 code = EST_NO_THREAD if isinstance(error, RuntimeError) else EST_NO_MEMORY
-                self.count_running(-1)
                 set_failure(&failure, code, EAGAIN, -1, NULL, 0)
                 self.cancelled = True
                 with nogil:
@@ -507,30 +505,31 @@ cdef class Pipeline:
                 break
         return code
 
-    cdef void count_running(self, int change) noexcept:
-        with nogil:
-            pthread_mutex_lock(&self.lock)
-            self.running += change
-            if change < 0:      # who aborts waits for it beside the producer
-                pthread_cond_broadcast(&self.progress_made)
-            pthread_mutex_unlock(&self.lock)
-
     def _run(self, int index):
         cdef worker *w = &self.workers[index]
         with nogil:
-            charge(w, STAGE_WAIT)
             pthread_mutex_lock(&self.lock)
-            while True:
-                if self.step(w):
-                    continue
-                if self.failure.code or (self.ended and self.taken == self.produced):
-                    break
-                self.stand(w)
-                pthread_cond_wait(&self.work_or_end, &self.lock)
+            if not self.ended:                  # else nobody waits for this thread any more
                 charge(w, STAGE_WAIT)
+                self.running += 1
+                self.work_to_the_end(w)
+                self.running -= 1
+                pthread_cond_broadcast(&self.progress_made)     # who aborts waits for it beside the producer
             pthread_mutex_unlock(&self.lock)
+
+    cdef void work_to_the_end(self, worker *w) noexcept nogil:
+        """A worker's whole life; with the lock held, which is released meanwhile."""
+        while True:
+            if self.step(w):
+                continue
+            if self.failure.code or (self.ended and self.taken == self.produced):
+                break
             self.stand(w)
-        self.count_running(-1)
+            pthread_cond_wait(&self.work_or_end, &self.lock)
+            charge(w, STAGE_WAIT)
+        pthread_mutex_unlock(&self.lock)
+        self.stand(w)
+        pthread_mutex_lock(&self.lock)
 
     cdef bint step(self, worker *w) noexcept nogil:
         """Does one piece of work if there is any; called with the lock held, which is released meanwhile."""

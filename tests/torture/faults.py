@@ -525,11 +525,11 @@ def tried(trials: Iterator[Trial], given: Path, injector: Injector) -> Iterator[
 # ------------------------------------------------------------------------------------------------------------------ runs
 
 
-def faults_of(counts: dict[str, int], everybody: bool) -> Iterator[Fault]:
+def faults_of(counts: dict[str, int], everybodys: int) -> Iterator[Fault]:
     for call, count in sorted(counts.items()):
-        if call == "any allocation" and not everybody:
+        if call == "any allocation" and not everybodys:
             continue
-        step = -(-count // EVERYBODYS) if call == "any allocation" else 1
+        step = -(-count // everybodys) if call == "any allocation" else 1
         for index in range(0, count, step):
             for outcome in OUTCOMES_OF_OTHERS.get(call) or OUTCOMES[call].split():
                 yield Fault(call, index, outcome)
@@ -661,7 +661,7 @@ def run_all(run: Run, chosen: Any) -> None:
         if chosen.only and not any(wanted.split(":")[0] == scenario.name for wanted in chosen.only):
             continue
         run.count_calls(scenario)
-        faults = list(faults_of(scenario.counts, everybody=not chosen.quick))
+        faults = list(faults_of(scenario.counts, FOR_EVER if chosen.only else 0 if chosen.quick else EVERYBODYS))
         if chosen.only:
             wanted = [f"{only}:" for only in chosen.only]
             faults = [fault for fault in faults if f"{scenario.name}:{fault}:".startswith(tuple(wanted))]
