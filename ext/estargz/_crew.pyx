@@ -38,6 +38,10 @@ cdef extern from "<pthread.h>" nogil:
 cdef extern from "<fcntl.h>" nogil:
     enum: O_CLOEXEC
 
+cdef extern from "glance.h" nogil:
+    crew_waiter *est_glance(crew_waiter **place)
+    void est_show(crew_waiter **place, crew_waiter *value)
+
 cdef extern from "<unistd.h>" nogil:
     int pipe2(int *ends, int flags)
 
@@ -82,7 +86,7 @@ cdef class Crew:
             builds += 1
             m = m.next
         for i in range(c.seats):
-            tools += c.tools[i].opened
+            tools += c.tools[i].lent or c.tools[i].opened   # a lent one belongs to its thread, which opens it
         found = (c.seats - c.free_seats, builds, c.promised, c.lent + c.idle, tools)
         pthread_mutex_unlock(&c.lock)
         return dict(zip(("seated", "builds", "promised", "allocated", "compressors"), found))
@@ -119,7 +123,7 @@ cdef void tidy(crew *c) noexcept nogil:
     while c.rooms != NULL:
         free_room(c)
     for i in range(c.seats):
-        if c.tools[i].opened and not c.tools[i].lent:
+        if not c.tools[i].lent and c.tools[i].opened:
             compressor_close(&c.tools[i].state)
             c.tools[i].opened = False
 
@@ -153,7 +157,7 @@ cdef bint wait_for_seat(crew *c) noexcept nogil:
     me.called = False
     me.next = NULL
     if c.first_waiter == NULL:
-        c.first_waiter = &me
+        est_show(&c.first_waiter, &me)
     else:
         c.last_waiter.next = &me
     c.last_waiter = &me
@@ -181,7 +185,7 @@ cdef void crew_give(crew *c) noexcept nogil:
     if first == NULL:
         c.free_seats += 1
     else:
-        c.first_waiter = first.next
+        est_show(&c.first_waiter, first.next)
         first.called = True
         bell = first.bell[1]
         if bell < 0:
@@ -199,7 +203,7 @@ cdef void crew_give(crew *c) noexcept nogil:
 
 cdef bint crew_turn(crew *c, int64_t *ends_ns) noexcept nogil:
     # A glance without the lock: who comes just now is seen the next time.
-    if c == NULL or c.first_waiter == NULL or monotonic_ns() < ends_ns[0]:
+    if c == NULL or est_glance(&c.first_waiter) == NULL or monotonic_ns() < ends_ns[0]:
         return False
     crew_give(c)
     return crew_take(c, ends_ns)

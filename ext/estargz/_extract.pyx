@@ -41,6 +41,10 @@ from estargz._tar cimport (
 
 from estargz.errors import from_status
 
+cdef extern from "glance.h" nogil:
+    int64_t est_glance(const int64_t *place)
+    void est_show(int64_t *place, int64_t value)
+
 cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_mutex_t:
         pass
@@ -238,7 +242,8 @@ cdef class Extractor(Folders):
     cdef block *current                         # the reader's
     cdef bint ended, cancelled
     cdef est_failure failure                    # code 0: none so far
-    cdef int64_t failed_number, failed_layer
+    cdef int64_t dropped_behind                 # the failure's entry: what comes behind it is not placed
+    cdef int64_t failed_layer
     cdef int running                # workers that have begun and have not ended
     cdef object interrupt, progress
     cdef int64_t progress_due_ns
@@ -278,7 +283,7 @@ cdef class Extractor(Folders):
         self.progress = progress
         self.progress_due_ns = monotonic_ns() + LISTEN_EVERY_NS
         memcpy(self.salt, <const char *>salt, 8)
-        self.notes_end = INT64_MAX
+        self.notes_end = self.dropped_behind = INT64_MAX
         tar_parser_init(&self.parser)
         pthread_mutex_init(&self.lock, NULL)
         pthread_cond_init(&self.work_or_end, NULL)
@@ -340,8 +345,8 @@ cdef class Extractor(Folders):
                 more = self._fill(b, readinto)
                 with nogil:
                     self.consume(b)
-            if not self.failure.code:
-                with nogil:
+            with nogil:
+                if self.attend():
                     self.end_of_input()
         except Exception:
             self._settle()      # what failed in front of this comes first
@@ -395,8 +400,8 @@ cdef class Extractor(Folders):
 
     def abandon(self):
         """Drops what is under way and ends the threads. What is complete stays, directories with their metadata."""
-        self.cancelled = True
         with nogil:
+            self.cancel()
             if self.large != NULL:
                 self.end_piece(self.large, True, &self.skipped)
                 self.large = NULL
@@ -537,8 +542,6 @@ cdef class Extractor(Folders):
 
     cdef void wait_through(self, int64_t sequence) noexcept nogil:
         """Waits until no job of a block, or of those before it, is under way. Places meanwhile."""
-        if sequence < self.finished:
-            return
         pthread_mutex_lock(&self.lock)
         if self.current != NULL and sequence >= self.current.sequence:
             self.current.count = self.current.jobs.size // sizeof(job)
@@ -576,9 +579,7 @@ cdef class Extractor(Folders):
         pthread_mutex_lock(&self.lock)
         self.progress_due_ns = monotonic_ns() + LISTEN_EVERY_NS
         if not go_on:
-            self.cancelled = True
-            if not self.failure.code:
-                self.failure.code = EST_CANCELLED
+            self.drop_all()
 
     cdef bint call_back(self) noexcept with gil:
         try:
@@ -600,8 +601,20 @@ cdef class Extractor(Folders):
                 code = EST_NO_THREAD if isinstance(error, RuntimeError) else EST_NO_MEMORY
                 with nogil:
                     self.fail(code, EAGAIN, self.number, -1, "", 0)
-                self.cancelled = True
+                    self.cancel()
                 break
+
+    cdef void cancel(self) noexcept nogil:
+        pthread_mutex_lock(&self.lock)
+        self.drop_all()
+        pthread_mutex_unlock(&self.lock)
+
+    cdef void drop_all(self) noexcept nogil:
+        """Nothing more is placed; with the lock held."""
+        self.cancelled = True
+        est_show(&self.dropped_behind, -1)
+        if not self.failure.code:
+            self.failure.code = EST_CANCELLED
 
     def _run(self):
         cdef buffer skipped
@@ -666,7 +679,7 @@ cdef class Extractor(Folders):
 
     cdef bint is_dropped(self, int64_t number) noexcept nogil:
         """Whether an entry comes behind a failure."""
-        return self.cancelled or (self.failure.code and number > self.failed_number)
+        return number > est_glance(&self.dropped_behind)
 
     cdef void run(self, block *b, const job *j, buffer *skipped) noexcept nogil:
         cdef const char *path = <const char *>b.strings.data + j.path_at
@@ -728,14 +741,14 @@ cdef class Extractor(Folders):
                    size_t size) noexcept nogil:
         """Keeps the failure of the entry that comes first, so that the same layers always give the same error."""
         pthread_mutex_lock(&self.lock)
-        if not self.failure.code or number < self.failed_number:
+        if not self.failure.code or number < self.dropped_behind:
             self.failure.code = code
             self.failure.sys_errno = sys_errno
             self.failure.offset = offset
             self.failure.name_len = min(size, sizeof(self.failure.name))
             if self.failure.name_len:
                 memcpy(self.failure.name, name, self.failure.name_len)
-            self.failed_number = number
+            est_show(&self.dropped_behind, number)
             self.failed_layer = self.layer
         pthread_cond_broadcast(&self.progress_made)
         pthread_mutex_unlock(&self.lock)

@@ -131,7 +131,7 @@ cdef int open_cached(directory_cache *cache, int root, const char *path, size_t 
         parent -= 1
     cdef size_t directory_size = parent - 1 if parent else 0
     if (cache.handle < 0 or cache.root != root or cache.size != directory_size
-            or memcmp(cache.path, path, directory_size) != 0):
+            or (directory_size and memcmp(cache.path, path, directory_size) != 0)):
         if not remember(cache, root, path, directory_size):
             return -1
     return open_beneath(cache.handle, path + parent, size - parent, OPEN_FILE)

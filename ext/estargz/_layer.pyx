@@ -705,7 +705,7 @@ cdef class LayerBuilder:
     def raise_failure(self):
         """Raises the failure that comes first in the stream, if there is one; the builder is then closed."""
         cdef int code
-        if not self.failure.code and not self.pipeline.failure.code:
+        if not self.failure.code and not self.pipeline.has_failed():
             return
         with nogil:
             code = self.pipeline.drain()

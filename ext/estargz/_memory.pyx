@@ -81,7 +81,8 @@ cdef uint64_t hash_bytes(const uint8_t *data, size_t size) noexcept nogil:
         v[3] ^= word
         sip_round(v)
         v[0] ^= word
-    memcpy(&last, data + whole, size - whole)
+    if size > whole:
+        memcpy(&last, data + whole, size - whole)
     v[3] ^= last
     sip_round(v)
     v[0] ^= last
@@ -98,7 +99,8 @@ cdef map_slot *find_slot(byte_map *m, uint64_t h, const void *key, size_t size) 
         slot = &m.slots[i]
         if not slot.used:
             return slot
-        if slot.hash == h and slot.key_size == size and memcmp(m.keys.data + slot.key_at, key, size) == 0:
+        if (slot.hash == h and slot.key_size == size
+                and (size == 0 or memcmp(m.keys.data + slot.key_at, key, size) == 0)):
             return slot
         i = (i + 1) & (m.capacity - 1)
 

@@ -163,7 +163,8 @@ cdef class Pipeline:
     cdef uint32_t piece_crc
     cdef int64_t piece_raw_size
     cdef readonly int64_t piece_offset   # blob offset of the first piece
-    cdef int64_t tar_size, blob_size     # of what is written
+    cdef int64_t tar_size                # of what is written: locked
+    cdef int64_t blob_size               # the same, of whoever writes
     cdef int64_t placed_size             # of the blob as far as it is in order
     cdef int64_t tar_hash_next           # number of the batch that the stream's hash has come to
     cdef bint tar_hash_taken             # by a worker or the sink
@@ -175,6 +176,8 @@ cdef class Pipeline:
     cdef int drain(self) noexcept nogil
     cdef int write_out(self, const uint8_t *data, size_t size) noexcept nogil
     cdef void fail(self, const est_failure *failure, int64_t batch_number) noexcept nogil
+    cdef void cancel(self) noexcept nogil
+    cdef bint has_failed(self) noexcept nogil
     cdef void stop(self) noexcept nogil
 
     cdef void sit(self, worker *w) noexcept nogil

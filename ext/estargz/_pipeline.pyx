@@ -61,6 +61,10 @@ cdef extern from "<poll.h>" nogil:
         short events
     int poll(pollfd *fds, unsigned long count, int milliseconds)
 
+cdef extern from "glance.h" nogil:
+    bint est_glance(const bint *place)
+    void est_show(bint *place, bint value)
+
 cdef extern from "files.h" nogil:
     void est_start_writeback(int handle, int64_t offset, int64_t size)
     bint est_is_stream(int handle)
@@ -337,16 +341,20 @@ cdef class Pipeline:
         pthread_mutex_lock(&self.lock)
         self.progress_due_ns = monotonic_ns() + LISTEN_EVERY_NS
         if not go_on:
-            self.cancelled = True
+            est_show(&self.cancelled, True)
             if not self.failure.code:
                 set_failure(&self.failure, EST_CANCELLED, 0, -1, NULL, 0)
         return go_on
 
     cdef bint call_back(self) noexcept with gil:
+        cdef int64_t written
+        pthread_mutex_lock(&self.lock)
+        written = self.tar_size
+        pthread_mutex_unlock(&self.lock)
         try:
             PyErr_CheckSignals()
             if self.progress is not None:
-                self.progress(self.tar_size)
+                self.progress(written)
         except BaseException as error:
             self.interrupt = error
             return False
@@ -366,6 +374,23 @@ cdef class Pipeline:
         pthread_cond_broadcast(&self.progress_made)
         pthread_mutex_unlock(&self.lock)
 
+    cdef void cancel(self) noexcept nogil:
+        """Drops all that is not written yet."""
+        cdef est_failure cancelled
+        memset(&cancelled, 0, sizeof(cancelled))
+        cancelled.code = EST_CANCELLED
+        pthread_mutex_lock(&self.lock)
+        est_show(&self.cancelled, True)
+        pthread_mutex_unlock(&self.lock)
+        self.fail(&cancelled, -1)
+
+    cdef bint has_failed(self) noexcept nogil:
+        cdef bint failed
+        pthread_mutex_lock(&self.lock)
+        failed = self.failure.code != EST_OK
+        pthread_mutex_unlock(&self.lock)
+        return failed
+
     cdef void stop(self) noexcept nogil:
         """Ends the workers: all at once after a failure, else when nothing is left to do."""
         pthread_mutex_lock(&self.lock)
@@ -375,15 +400,10 @@ cdef class Pipeline:
 
     def close(self, bint cancel=False):
         """Ends and joins the workers. cancel: unfinished batches are dropped."""
-        cdef est_failure cancelled
         cdef int i
-        if cancel:
-            memset(&cancelled, 0, sizeof(cancelled))
-            cancelled.code = EST_CANCELLED
-            self.cancelled = True
-            with nogil:
-                self.fail(&cancelled, -1)
         with nogil:
+            if cancel:
+                self.cancel()
             self.stop()
             pthread_mutex_lock(&self.lock)
             while self.running:
@@ -499,9 +519,9 @@ cdef class Pipeline:
             except BaseException as error:      # the thread may have begun all the same
                 code = EST_NO_THREAD if isinstance(error, RuntimeError) else EST_NO_MEMORY
                 set_failure(&failure, code, EAGAIN, -1, NULL, 0)
-                self.cancelled = True
                 with nogil:
                     self.fail(&failure, -1)
+                    self.cancel()
                 break
         return code
 
@@ -552,6 +572,7 @@ cdef class Pipeline:
             if not code:
                 b.state = STATE_FREE
                 self.written += 1
+                self.tar_size += b.raw_size
                 if self.member.held > MEMBER_ROOMS:
                     self.free_memory(b)
             pthread_cond_signal(&self.progress_made)
@@ -597,10 +618,16 @@ cdef class Pipeline:
         return self.failure.code and 0 <= self.failed_batch <= number
 
     cdef void give_up(self, batch *b, int code) noexcept nogil:
-        if self.cancelled and self.failure.code:  # the error that was there first is the one to tell
+        cdef int64_t offset
+        cdef bint over
+        pthread_mutex_lock(&self.lock)
+        offset = self.tar_size
+        over = self.cancelled and self.failure.code  # the error that was there first is the one to tell
+        pthread_mutex_unlock(&self.lock)
+        if over:
             return
         if b.failure.code != code:
-            set_failure(&b.failure, code, 0, self.tar_size, NULL, 0)
+            set_failure(&b.failure, code, 0, offset, NULL, 0)
         self.fail(&b.failure, b.number)
 
     cdef compressor *take_compressor(self, worker *w) noexcept nogil:
@@ -746,9 +773,7 @@ cdef class Pipeline:
             code = self.write_out(b.out if compresses(self.codec) else b.raw, size)
         if code:
             self.describe_sink_failure(code, &b.failure)
-            return code
-        self.tar_size += b.raw_size
-        return EST_OK
+        return code
 
     cdef void hash_in_order(self, batch *b) noexcept nogil:
         """The hashes that run over the whole stream: DiffID, blob, and the table of contents while it passes."""
@@ -871,9 +896,9 @@ cdef class Pipeline:
         waiting.fd = self.pipe_fd if self.pipe_open else self.sink_fd
         waiting.events = POLLOUT
         while poll(&waiting, 1, LISTEN_EVERY_NS // 1000000) <= 0:
-            if self.cancelled or not self.no_signal():
+            if est_glance(&self.cancelled) or not self.no_signal():
                 return EST_CANCELLED
-        return EST_CANCELLED if self.cancelled else EST_OK
+        return EST_CANCELLED if est_glance(&self.cancelled) else EST_OK
 
     cdef bint no_signal(self) noexcept with gil:
         """False once a signal handler has raised; only the main thread runs handlers."""

@@ -20,8 +20,13 @@
 #endif
 
 #define HASH_BITS 15                /* the largest hash table of the two levels */
+#ifdef __SANITIZE_THREAD__          /* which keeps most addresses for itself */
+#define FIRST_PAGE 0x56000000u
+#define LAST_PAGE 0x56800000u
+#else
 #define FIRST_PAGE 0x20000000u      /* times 64 KiB: far from where heaps, stacks and libraries are put */
 #define LAST_PAGE 0x70000000u
+#endif
 
 static uint32_t est_crc32c(uint32_t word) {
     for (int bit = 0; bit < 32; bit++) word = (word >> 1) ^ (word & 1 ? 0x82f63b78u : 0);

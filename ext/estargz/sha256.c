@@ -9,6 +9,7 @@ void sha256_finish(sha256_stream *stream, uint8_t digest[32]) { SHA256_Final(dig
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <immintrin.h>
+#include <stdatomic.h>
 
 static const uint32_t ROUND_CONSTANTS[64] __attribute__((aligned(16))) = {
     0x428a2f98, 0x71374491, 0xb5c0fbcf, 0xe9b5dba5, 0x3956c25b, 0x59f111f1, 0x923f82a4, 0xab1c5ed5,
@@ -112,9 +113,13 @@ static void clear_upper_halves(void) {
 }
 
 int sha256_lanes(void) {
-    static int lanes; /* written with one of two values, the same by every thread */
-    if (!lanes) lanes = have_sha_extensions() ? 2 : 1;
-    return lanes;
+    static _Atomic int lanes; /* written with one of two values, the same by every thread */
+    int found = atomic_load_explicit(&lanes, memory_order_relaxed);
+    if (!found) {
+        found = have_sha_extensions() ? 2 : 1;
+        atomic_store_explicit(&lanes, found, memory_order_relaxed);
+    }
+    return found;
 }
 
 #else
