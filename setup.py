@@ -67,8 +67,8 @@ HARDENED += ["-fvisibility=hidden"]
 HARDENED_LINK = ["-Wl,-z,relro,-z,now,-z,noexecstack,--as-needed"]
 # Returns are all protected. Jumps are not where the C library's start files are not, so only the linker may claim that.
 HARDENED_LINK += {"x86_64": ["-Wl,-z,shstk"]}.get(platform.machine(), [])
-# No frame is optimized away that a report should show; what is found ends the process, so that no test can miss it.
-SANITIZED = [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", "-g", "-O1"]
+# No frame is optimized away that a report should show. UBSAN_OPTIONS=halt_on_error=1 ends the process at the first one.
+SANITIZED = [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer", "-g", "-O1"]
 
 
 def pkg_config(option: str, libraries: list[str]) -> list[str]:

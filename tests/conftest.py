@@ -21,6 +21,16 @@ for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
+# How many times as long as usual everything may take: sanitizers make it slow.
+PATIENCE = float(os.environ.get("ESTARGZ_TEST_PATIENCE", "1"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        mark = item.get_closest_marker("timeout")
+        seconds = mark.args[0] if mark and mark.args else float(config.getini("timeout"))
+        item.add_marker(pytest.mark.timeout(seconds * PATIENCE), append=False)
+
 
 def missing(reason: str) -> None:
     """Skips with a reason; where everything must be present, fails instead."""

@@ -469,6 +469,7 @@ def test_patterns_as_fnmatch_does_them(pattern: list[str], names: list[list[str]
     assert match_all(["/".join(pattern)], ["/".join(name) for name in names]) == expected
 
 
+@pytest.mark.measured
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize(
     ("pattern", "name"),
@@ -489,6 +490,7 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
+@pytest.mark.measured
 @pytest.mark.timeout(120)
 def test_many_names_and_patterns() -> None:
     """Patterns that begin or contain something see few names: a hundred cost less than 40 times as much as one look at all."""

@@ -74,6 +74,7 @@ def slowed(symbol: str, folder: Path) -> Path:
     return library
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize(
     ("symbol", "stage", "calls"),
     [
@@ -93,6 +94,7 @@ def test_a_slow_stage_is_named(tree: Path, tmp_path: Path, symbol: str, stage: s
     assert others < max(grown[stage] / 2, 0.02)
 
 
+@pytest.mark.measured
 def test_a_slow_stage_is_what_the_limit_blames(tree: Path, tmp_path: Path) -> None:
     """Parts alone as they are, the whole build slowed down: the rest has a name."""
     runs = {name: limit.staged(tree, tmp_path / "blob", 1, parts) for name, parts in limit.RUNS.items()}

@@ -330,6 +330,7 @@ def test_help_lists_every_option() -> None:
     assert "SOURCE_DATE_EPOCH" in shown
 
 
+@pytest.mark.measured
 def test_help_is_quick() -> None:
     """Somebody waits for it. Measured against an interpreter that does nothing, which a slow machine slows as well."""
     nothing, shown = [], []

@@ -482,6 +482,7 @@ def test_whiteouts(scratch: Path, threads: int) -> None:
     assert done.entries == 13 + 4
 
 
+@pytest.mark.measured
 def test_many_opaque_markers_and_whiteouts(scratch: Path) -> None:
     """Each costs little, however much of its own layer the directory holds by then."""
     lower = tar(*(item(f"d/e{i}/old", b"old") for i in range(20)), *(item(f"d/f{i}") for i in range(20)))
@@ -1003,6 +1004,7 @@ def extracted_depth(folder: Path, depth: int) -> float:
     return spent + time.process_time() - started
 
 
+@pytest.mark.measured
 def test_deep_trees(memory_disk: Path) -> None:
     """A hundred thousand directories in each other: no quadratic time, and few handles."""
     few = extracted_depth(memory_disk / "few", 20_000)

@@ -469,6 +469,7 @@ print(total, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10
 """
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize("way", ["file", "object"])
 @pytest.mark.parametrize("threads", [1, 4])
 def test_bombs_take_no_memory(tmp_path: Path, threads: int, way: str) -> None:
@@ -481,6 +482,7 @@ def test_bombs_take_no_memory(tmp_path: Path, threads: int, way: str) -> None:
     assert grown < (8 + 0.5 * (2 * threads + 2) + (0 if way == "file" else 4 + 0.5 * (2 * threads + 2)) + 2) * MIB
 
 
+@pytest.mark.measured
 def test_a_slow_reader_stops_the_threads() -> None:
     """Nobody reads on, so nothing is inflated beyond the budget: CPU time stands still."""
     found = InflateAhead(bomb(64 * MIB, 20), "gzip", threads=2, segment=60_000, memory=4 << 20)

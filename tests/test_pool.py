@@ -185,6 +185,7 @@ def test_one_after_the_other() -> None:
 # --- threads
 
 
+@pytest.mark.measured
 @pytest.mark.parametrize("kind", ["tree", "tar", "tar.gz"])
 def test_no_more_threads_compute(tmp_path: Path, kind: str) -> None:
     """With one seat, builds take no more CPU time than time goes by; what need not be seated costs little here."""
@@ -314,6 +315,7 @@ print(int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) >
 """
 
 
+@pytest.mark.measured
 def test_memory_stays_flat(tmp_path: Path) -> None:
     (tmp_path / "tar").write_bytes(entry(b"noise", RNG.randbytes(40 * MIB)) + END)
     peaks = []

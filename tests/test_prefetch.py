@@ -854,6 +854,7 @@ def test_million_paths(tree: Tree) -> None:
     assert len(layer.missing) == 999_999
 
 
+@pytest.mark.measured
 def test_memory_does_not_grow_with_the_input(tmp_path: Path) -> None:
     """A tar of 600 MB whose last entry comes first, plain and compressed: both in the memory of a small one."""
     block = random.Random(3).randbytes(1 << 20)

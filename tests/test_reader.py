@@ -325,6 +325,7 @@ def test_a_file_of_one_chunk_has_its_own_digest() -> None:
             blob.open("f").read()
 
 
+@pytest.mark.measured
 def test_chunks_of_one_member_are_inflated_once() -> None:
     """Thousands of chunks in one member must not take the member's time each."""
     data = blob_of(tar_of(("f", bytes(16 << 20))), chunk_size=4096, min_chunk_size=1 << 29)[1]
@@ -552,6 +553,7 @@ def test_sizes_that_add_up_to_too_much() -> None:
         table_of(encode({"version": 1, "entries": entries}))
 
 
+@pytest.mark.measured
 def test_long_spellings_of_a_name_in_chunks() -> None:
     file = {"name": "x" + "/" * 65_000, "type": "reg", "size": 5000, "offset": 1, "chunkSize": 1}
     chunks = [{"name": "x", "type": "chunk", "offset": i + 1, "chunkOffset": i, "chunkSize": 1} for i in range(1, 5000)]

@@ -620,6 +620,7 @@ print(second - first)
 """
 
 
+@pytest.mark.measured
 def test_memory_does_not_grow_with_the_blob() -> None:
     def give(exchange: Exchange) -> None:
         count = int(exchange.path.split("/")[2].removeprefix("get"))

@@ -513,6 +513,7 @@ def test_links_with_something_below_agree_with_linux(tmp_path: Path) -> None:
     assert min(seen.values()) > 50
 
 
+@pytest.mark.measured
 def test_links_with_long_targets_cost_what_they_are() -> None:
     """Each of 40 targets is walked once, however many links lead through them."""
     deep = "d/" * 1000

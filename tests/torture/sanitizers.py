@@ -1,0 +1,271 @@
+#!/usr/bin/env python3
+"""The tests with compiled stages that sanitizers watch: memory that is not theirs, undefined behaviour, races, leaks.
+
+    tests/torture/sanitizers.py [--quick] [--only NAME] [-- PYTEST ARGUMENTS]
+
+Each build is a copy of the checkout in build/sanitizers/NAME with an environment of its own, made again when something that
+is compiled has changed. Its interpreter is a script that loads the sanitizer first, so that every Python program that a test
+starts is watched, too, and no other program is. What is found is a report in build/sanitizers/NAME/reports, whichever process
+it was found in, and every report is a defect, as is every test that fails.
+
+ISA-L, libdeflate, libzstd, libcrypto and Python itself are not built anew. Valgrind, which needs no build, watches them in
+a program of its own (sanitizing/buffers.py). Tests marked as "measured" are left out: they judge seconds or bytes of memory.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from outcome import ROOT, Outcome, parser
+
+SANITIZING = Path("tests/torture/sanitizing")
+SUPPRESSIONS = ROOT / "tests" / "torture" / "suppressions"
+PROGRAMS = ("peer", "stargz", "buildkit")
+QUICK_TESTS = (
+    "test_tar.py",
+    "test_writer.py",
+    "test_pool.py",
+    "test_inflate_parallel.py",
+    "test_extract.py",
+    "test_faults.py",
+)
+SUITE_SECONDS = 4 * 3600
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    name: str
+    sanitize: str
+    """ESTARGZ_SANITIZE, for setup.py."""
+    library: str
+    patience: int
+    """How many times slower a test may be."""
+    quick_seconds: int
+    """What the quick selection of tests may take on two cores."""
+
+    @property
+    def folder(self) -> Path:
+        return ROOT / "build" / "sanitizers" / self.name
+
+    @property
+    def python(self) -> Path:
+        return self.folder / ".venv" / "bin" / "python"
+
+    @property
+    def reports(self) -> Path:
+        return self.folder / "reports"
+
+
+ASAN = Build("asan", "address,undefined", "libasan.so", patience=5, quick_seconds=100)
+TSAN = Build("tsan", "thread", "libtsan.so", patience=15, quick_seconds=140)
+BUILDS = (ASAN, TSAN)
+
+
+# --- builds
+
+
+def made(build: Build) -> None:
+    """The build as the checkout is now."""
+    copy_checkout(build.folder)
+    build.reports.mkdir(exist_ok=True)
+    build.reports.chmod(0o1777)  # some tests are somebody else
+    state = sha256(sys.version.encode() + build.sanitize.encode() + (ROOT / "setup.py").read_bytes())
+    for path in sorted((ROOT / "ext").rglob("*.*")):
+        state.update(path.read_bytes())
+    stamp = build.folder / ".stamp"
+    if not stamp.exists() or stamp.read_text() != state.hexdigest():
+        print(f"sanitizers: building {build.sanitize}", flush=True)
+        environment = {**os.environ, "ESTARGZ_SANITIZE": build.sanitize}
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--force"]
+        subprocess.run(command, cwd=build.folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+        stamp.write_text(state.hexdigest())
+    make_environment(build)
+
+
+def copy_checkout(folder: Path) -> None:
+    """Copies what git knows or would take, keeps what is built, and drops what has gone."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    wanted = {name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()}
+    for name in wanted:
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists() or target.stat().st_mtime_ns != (ROOT / name).stat().st_mtime_ns:
+            shutil.copy2(ROOT / name, target)
+    for top in {Path(name).parts[0] for name in wanted}:
+        for path in folder.joinpath(top).rglob("*.*"):
+            if path.suffix in (".py", ".pyx", ".pxd", ".h") and str(path.relative_to(folder)) not in wanted:
+                path.unlink()
+    (folder / "build").mkdir(exist_ok=True)
+    for program in PROGRAMS:
+        link = folder / "build" / program
+        if (ROOT / "build" / program).exists() and not link.exists():
+            link.symlink_to(ROOT / "build" / program)
+
+
+def make_environment(build: Build) -> None:
+    """An environment that has the packages of this one, the build's own estargz, and an interpreter with the sanitizer."""
+    command = [sys.executable, "-m", "venv", "--without-pip", "--clear", build.folder / ".venv"]
+    subprocess.run(command, check=True)
+    name = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    lines = [build.folder / "src", sysconfig.get_path("purelib"), build.folder / SANITIZING, "import preloaded"]
+    site = build.folder / ".venv" / "lib" / name / "site-packages"
+    (site / "sanitized.pth").write_text("".join(f"{line}\n" for line in lines))
+    settings = " ".join(f'{key}="{value}"' for key, value in settings_of(build).items())
+    interpreter = getattr(sys, "_base_executable", sys.executable)
+    build.python.unlink()
+    build.python.write_text(f'#!/bin/bash\nexport {settings}\nexec -a "$0" {shlex.quote(interpreter)} "$@"\n')
+    build.python.chmod(0o755)
+
+
+def settings_of(build: Build) -> dict[str, str]:
+    found = subprocess.run(
+        ["gcc", f"-print-file-name={build.library}"], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    path = str(build.reports / "report")
+    if build is ASAN:
+        leaks = "detect_leaks=${ESTARGZ_LEAKS:-0}:leak_check_at_exit=0"
+        options = f"{leaks}:abort_on_error=1:quarantine_size_mb=64:allocator_may_return_null=1"
+        return {
+            "LD_PRELOAD": found,
+            "PYTHONMALLOC": "malloc",
+            "ASAN_OPTIONS": f"{options}:log_path={path}",
+            "UBSAN_OPTIONS": "print_stacktrace=1",
+            "ESTARGZ_UBSAN_REPORTS": path,
+        }
+    clock = build.folder / "build" / "clock.so"
+    source = build.folder / SANITIZING / "clock.c"
+    subprocess.run(["gcc", "-O1", "-shared", "-fPIC", "-o", clock, source], check=True)
+    options = "exitcode=0:die_after_fork=0:history_size=4:report_signal_unsafe=0:allocator_may_return_null=1"
+    return {
+        "LD_PRELOAD": f"{found} {clock}",
+        "TSAN_OPTIONS": f"{options}:suppressions={SUPPRESSIONS / 'tsan.txt'}:log_path={path}",
+    }
+
+
+# --- what runs in them
+
+
+def run_tests(build: Build, outcome: Outcome, arguments: Sequence[str]) -> None:
+    """The tests that pytest's arguments name; every failure and every report is a defect."""
+    clear_reports(build)
+    results = build.folder / "build" / "results.xml"
+    results.unlink(missing_ok=True)
+    command = [str(build.python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not measured"]
+    command += [f"--junitxml={results}", *arguments]
+    search = f"{build.python.parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
+    environment = {**os.environ, "PATH": search, "ESTARGZ_TEST_PATIENCE": str(build.patience)}
+    log = build.folder / "build" / "tests.log"
+    with log.open("wb") as output:
+        done = subprocess.run(
+            unmoved(command),
+            cwd=build.folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            timeout=SUITE_SECONDS,
+            check=False,
+        )
+    if results.exists():
+        count_results(build, outcome, results)
+    if done.returncode not in (0, 1):
+        outcome.defect(f"{build.name}: pytest ended with {done.returncode}, see {log.relative_to(ROOT)}")
+    count_reports(build, outcome)
+
+
+def unmoved(command: list[str]) -> list[str]:
+    """ThreadSanitizer wants addresses that are not random; ASan does not mind."""
+    return ["setarch", "-R", *command]
+
+
+def count_results(build: Build, outcome: Outcome, results: Path) -> None:
+    for case in ElementTree.parse(results).iter("testcase"):
+        kinds = {found.tag for found in case}
+        if kinds & {"failure", "error"}:
+            outcome.defect(f"{build.name}: {case.get('classname')}::{case.get('name')} fails")
+        outcome.count(f"{build.name} tests skipped" if "skipped" in kinds else f"{build.name} tests")
+
+
+def clear_reports(build: Build) -> None:
+    for report in build.reports.iterdir():
+        report.unlink()
+
+
+def count_reports(build: Build, outcome: Outcome) -> None:
+    """Each thing that was found is one defect, however often."""
+    found: Counter[str] = Counter()
+    for report in build.reports.iterdir():
+        lines = report.read_text(errors="replace").splitlines()
+        findings = [line for line in lines if line.startswith("SUMMARY: ") or ": runtime error: " in line]
+        found.update(findings or [f"a report without a summary: {report.name}"])
+    for line, times in found.items():
+        outcome.defect(f"{build.name}: {line} ({times} times), see {build.reports.relative_to(ROOT)}")
+
+
+def run_leaks(outcome: Outcome, rounds: int) -> None:
+    """Failing constructors and builds that do not end well, some rounds each."""
+    run_program(
+        outcome,
+        "leaks",
+        [*unmoved([str(ASAN.python)]), str(ASAN.folder / SANITIZING / "leaks.py"), str(rounds)],
+        {"ESTARGZ_LEAKS": "1"},
+    )
+    count_reports(ASAN, outcome)
+
+
+def run_valgrind(outcome: Outcome) -> None:
+    command = ["valgrind", "-q", "--error-exitcode=9", "--num-callers=20"]
+    command += [f"--suppressions={path}" for path in sorted(SUPPRESSIONS.glob("valgrind*"))]
+    run_program(
+        outcome,
+        "valgrind",
+        [*command, sys.executable, str(ROOT / SANITIZING / "buffers.py")],
+        {"PYTHONMALLOC": "malloc"},
+    )
+
+
+def run_program(outcome: Outcome, name: str, command: list[str], settings: dict[str, str]) -> None:
+    """A program that prints a line for each thing that it did, and on standard error what was wrong."""
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **settings}, capture_output=True, text=True, timeout=3600, check=False
+    )
+    outcome.count(f"{name} cases", len(done.stdout.splitlines()))
+    if done.returncode:
+        outcome.defect(f"{name}: status {done.returncode}: {done.stderr.strip()[-3000:]}")
+
+
+def main() -> int:
+    arguments = parser("sanitizers", __doc__)
+    arguments.add_argument("--only", choices=["asan", "tsan", "leaks", "valgrind"], help="this alone")
+    arguments.add_argument("tests", nargs="*", help="arguments of pytest, after --")
+    chosen = arguments.parse_args()
+    outcome = Outcome("sanitizers", chosen.quick)
+    wanted = [chosen.only] if chosen.only else ["asan", "tsan", "leaks", "valgrind"]
+    builds = [build for build in BUILDS if build.name in wanted or (build is ASAN and "leaks" in wanted)]
+    tests = chosen.tests or ([f"tests/{name}" for name in QUICK_TESTS] if chosen.quick else [])
+    with ThreadPoolExecutor(2) as both:
+        list(both.map(made, builds))
+        list(both.map(lambda build: run_tests(build, outcome, tests), [b for b in builds if b.name in wanted]))
+        if "leaks" in wanted:
+            run_leaks(outcome, 5 if chosen.quick else 40)
+        if "valgrind" in wanted:
+            run_valgrind(outcome)
+    return outcome.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
