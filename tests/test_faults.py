@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,15 @@ from trees import Tree
 
 import estargz
 from estargz import ChangedError, EstargzError, SinkError, SourceError, TarError, UsageError, Writer, _pipeline
+from estargz._tar_order import TarOrder
+from estargz._walk import TreeWalk
 
 pytestmark = pytest.mark.timeout(60)
 
 RNG = random.Random(28)
 NOISE = tar_of(*((f"f{i}", RNG.randbytes(500_000)) for i in range(16)))  # 8 MB that stay 8 MB
 SMALL = everything() + END
+WALK: dict[str, Any] = {"overlay": False, "epoch": None, "landmarks_reserved": True}
 PROGRAM = [sys.executable, "-c", "import sys; from estargz.cli import main; sys.exit(main())"]
 
 
@@ -414,6 +418,12 @@ def test_threads_that_cannot_be_started(tmp_path: Path, monkeypatch: pytest.Monk
                 estargz.build(io.BytesIO(NOISE), tmp_path / "blob", threads=4)
         assert names_in(tmp_path) == []
     estargz.build(io.BytesIO(NOISE), tmp_path / "blob", threads=4)
+
+
+@pytest.mark.parametrize("kernel", [partial(TarOrder, None, 0, 0, 10), partial(TreeWalk, None, 0, [0], **WALK)])
+def test_kernels_without_a_builder(kernel: Callable[[], Any]) -> None:
+    with pytest.raises(TypeError, match="must not be None"):
+        kernel()
 
 
 # --- files that cannot be read

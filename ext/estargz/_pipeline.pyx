@@ -408,9 +408,10 @@ cdef class Pipeline:
             pthread_mutex_lock(&self.lock)
             while self.running:
                 pthread_cond_wait(&self.progress_made, &self.lock)
+            self.closed = True
             pthread_mutex_unlock(&self.lock)
-        charge(&self.workers[0], self.producing)
-        self.closed = True
+        if not cancel:      # else the producer may be another thread, and its clock is its own
+            charge(&self.workers[0], self.producing)
         self.close_pipe()
         for i in range(self.worker_count):  # at once: the traceback of a failure may keep this object for long
             directory_cache_close(&self.workers[i].directory)
@@ -472,7 +473,11 @@ cdef class Pipeline:
         cdef int code = EST_OK
         if self.crew == NULL or self.member.joined:
             return True
+        pthread_mutex_lock(&self.lock)
         if self.closed:
+            code = EST_CANCELLED
+        pthread_mutex_unlock(&self.lock)
+        if code:
             return False
         self.stand(&self.workers[0])
         while True:

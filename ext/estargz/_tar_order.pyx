@@ -112,7 +112,7 @@ cdef class TarOrder:
     cdef int64_t tail_begin, tail_end   # the end of the archive and what lies behind
     cdef readonly bint toc_cut  # the input ended in a table of contents
 
-    def __cinit__(self, LayerBuilder builder, int file, int64_t begin, int64_t end):
+    def __cinit__(self, LayerBuilder builder not None, int file, int64_t begin, int64_t end):
         cdef int code
         self.builder = builder
         self.file = file

@@ -160,7 +160,8 @@ cdef class TreeWalk:
     cdef uint8_t *other_capability
     cdef uint8_t *compare_buffers
 
-    def __cinit__(self, LayerBuilder builder, int upper, list lowers, *, bint overlay, epoch, bint landmarks_reserved):
+    def __cinit__(self, LayerBuilder builder not None, int upper, list lowers not None, *, bint overlay, epoch,
+                  bint landmarks_reserved):
         self.builder = builder
         self.overlay = overlay
         self.has_epoch = epoch is not None

@@ -9,19 +9,31 @@ from __future__ import annotations
 import gzip
 import io
 import random
+import sys
 from contextlib import suppress
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import zstandard
+from reference.blobs import tar_of
 
 import estargz
 from estargz import _inflate, _inflate_ahead
 from estargz.errors import EstargzError
-from estargz.options import LEVELS
+from estargz.options import MAX_LEVEL
 
 RNG = random.Random(4)
-PAYLOADS = [b"", b"x", bytes(70_000), RNG.randbytes(40_000), b"".join(RNG.choices([b"ab", b"cde", b"\0" * 9], k=30_000))]
+PAYLOADS = [
+    b"",
+    b"x",
+    bytes(70_000),
+    RNG.randbytes(40_000),
+    b"".join(RNG.choices([b"ab", b"cde", b"\0" * 9], k=30_000)),
+]
 CUTS = 24
+LEVELS = {"estargz": range(MAX_LEVEL + 1), "zstd": (1, 3, 10)}
 
 
 def exact(data: bytes) -> np.ndarray:
@@ -36,11 +48,12 @@ def inflate(data: bytes, kind: str) -> bytes:
 
 
 def main() -> None:
+    tar = tar_of(*((f"f{number}", payload) for number, payload in enumerate(PAYLOADS)))
     for compression, levels in LEVELS.items():
         for level in levels:
             print(f"layer: {compression} at {level}", flush=True)
             writer = estargz.Writer(io.BytesIO(), compression=compression, level=level, threads=1)
-            writer.write(TAR)
+            writer.write(tar)
             writer.close()
     for number, payload in enumerate(PAYLOADS):
         packed = {"gzip": gzip.compress(payload), "zstd": zstandard.compress(payload), "plain": payload}
