@@ -82,6 +82,22 @@ def wait_for(condition: Callable[[], object]) -> None:
 # --- what is listed
 
 
+def test_architectures_without_open_are_compiled_for(tmp_path: Path) -> None:
+    """aarch64 and riscv64 have openat alone, and a switch must not have one case twice."""
+    if shutil.which("cc") is None:
+        missing("there is no C compiler")
+    (tmp_path / "calls.c").write_text(
+        '#include <sys/syscall.h>\n#undef SYS_open\n#include "record.h"\n'
+        "int kind(int call) {\n"
+        "    switch (call) { case SYS_openat: return 1; case EST_SYS_OPEN: return 2; default: return 0; }\n"
+        "}\n"
+    )
+    includes = Path(__file__).parent.parent / "ext" / "estargz"
+    command = ["cc", "-D_GNU_SOURCE", "-fsyntax-only", "-I", includes, tmp_path / "calls.c"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_each_file_once_in_order_of_first_opening(tree: Path) -> None:
     assert opened(tree, ["cat", "b", "sub/c", "b", "a", "sub/c"]) == ["b", "sub/c", "a"]
 

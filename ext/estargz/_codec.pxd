@@ -11,6 +11,7 @@ cdef enum codec_kind:
     CODEC_COPY = 1      # uncompressed
     CODEC_GZIP = 2
     CODEC_ZSTD = 3
+    CODEC_PORTABLE = 4  # gzip whose bytes no CPU decides: libdeflate's at every level
 
 # Whether members are other bytes than the stream's.
 cdef inline bint compresses(int kind) noexcept nogil:
@@ -20,6 +21,10 @@ cdef enum:
     LEVEL_MAX_ISAL = 3
     PIECE_MARGIN = 64   # spare room that a piece of a member needs beyond member_bound
 
+# Of a codec that makes gzip members.
+cdef inline bint uses_isal(int kind, int level) noexcept nogil:
+    return kind == CODEC_GZIP and level <= LEVEL_MAX_ISAL
+
 ctypedef struct compressor:
     int kind
     int level
@@ -27,6 +32,7 @@ ctypedef struct compressor:
     uint8_t *level_buffer
     libdeflate_compressor *deflater
     ZSTD_CCtx *zstd
+    void *bits          # est_bits (deflate_piece.h), beside a deflater
 
 # EST_OK or EST_NO_MEMORY; on failure there is nothing to free.
 cdef int compressor_open(compressor *state, int kind, int level) noexcept nogil

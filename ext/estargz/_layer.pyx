@@ -27,7 +27,7 @@ cdef extern from "<poll.h>" nogil:
         short events
     int poll(pollfd *fds, unsigned long count, int milliseconds)
 
-from estargz._codec cimport CODEC_COPY, CODEC_GZIP, CODEC_NONE, CODEC_ZSTD, compresses
+from estargz._codec cimport CODEC_COPY, CODEC_GZIP, CODEC_NONE, CODEC_PORTABLE, CODEC_ZSTD, compresses
 from estargz._crew cimport Crew
 from estargz._memory cimport buffer, buffer_append, buffer_free, map_free, map_insert
 from estargz._pipeline cimport BATCH_PIECE, STAGE_TOC, Pipeline, batch, chunk_span, file_fill, member_span, set_failure
@@ -125,17 +125,19 @@ cdef tar_entry small_file(bytes name, int64_t size) noexcept:
 cdef class LayerBuilder:
     """Builds one layer from entries or from a tar stream.
 
-    compression: "estargz", "gzip", "zstd", "uncompressed" or "none" (digests only); level 0..12, of zstd 1..19; chunk_size and
-    min_chunk_size in bytes, for eStargz; threads >= 1; memory: bytes that batches may take; producer_helps, write, output, progress, crew,
-    parts: see Pipeline. UsageError when the options cannot be honoured together.
+    compression: "estargz", "gzip", "zstd", "uncompressed" or "none" (digests only); level 0..12, of zstd 1..19;
+    portable: no byte is ISA-L's; chunk_size and min_chunk_size in bytes, for eStargz; threads >= 1; memory: bytes that batches may
+    take; producer_helps, write, output, progress, crew, parts: see Pipeline. UsageError when the options cannot be honoured together.
     """
 
-    def __cinit__(self, *, str compression, int level, int64_t chunk_size, int64_t min_chunk_size, int threads,
-                  int64_t memory, bint producer_helps, write=None, str output="output", progress=None, Crew crew=None,
-                  parts=None):
+    def __cinit__(self, *, str compression, int level, bint portable, int64_t chunk_size, int64_t min_chunk_size,
+                  int threads, int64_t memory, bint producer_helps, write=None, str output="output", progress=None,
+                  Crew crew=None, parts=None):
         cdef size_t capacity
         cdef int64_t slot_size, slots
         cdef int codec = CODECS[compression]
+        if portable and codec == CODEC_GZIP:
+            codec = CODEC_PORTABLE
         self.indexed = compression == "estargz"
         self.keep_rows = compression in ("estargz", "none")
         self.chunk_size = chunk_size if self.keep_rows else PLAIN_MEMBER

@@ -11,6 +11,7 @@ class LayerBuilder:
         *,
         compression: str,
         level: int,
+        portable: bool,
         chunk_size: int,
         min_chunk_size: int,
         threads: int,

@@ -43,6 +43,8 @@ class Layer:
     """Of the stream that ``diff_id`` covers."""
     toc_digest: str | None = None
     """Of the table of contents' JSON; only eStargz layers have one."""
+    encoder: str | None = None
+    """What compressed it, for a record of the build: as ``estargz.options.encoder`` names it."""
     prefetch_size: int | None = None
     """Bytes at the blob's start that a runtime fetches ahead: where the landmark behind prioritized entries lies."""
     missing: tuple[str, ...] = ()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DEFAULT_CHUNK_SIZE",
     "DEFAULT_LEVEL",
+    "DEFAULT_PORTABLE_LEVEL",
     "DEFAULT_ZSTD_LEVEL",
     "MAX_LEVEL",
     "MAX_MEMORY",
@@ -39,6 +40,8 @@ Progress = Callable[[int], Any]
 MAX_LEVEL = 12
 DEFAULT_LEVEL = 2
 """The best ratio of those ISA-L levels that cost no more than level 1 (bench/bench_member.py)."""
+DEFAULT_PORTABLE_LEVEL = 1
+"""Of estargz and gzip, where it has to be portable: the fastest, and smaller than DEFAULT_LEVEL's all the same."""
 
 MAX_ZSTD_LEVEL = 19
 """Higher ones only widen the window beyond what a frame here holds, and what decoders must accept."""
@@ -106,31 +109,33 @@ def usable_threads() -> int:
     return max(1, math.ceil(cpus))
 
 
-def resolve_level(compression: str, level: int | None = None) -> int:
-    """The level that ``level`` means to ``compression``: None, and 0 for zstd, mean its default.
+def resolve_level(compression: str, level: int | None = None, *, portable: bool = False) -> int:
+    """The level that ``level`` means to ``compression``: None, and 0 for zstd, mean its default. Portable gzip begins at 1.
 
     Raises:
         UsageError: the compression has no such level.
     """
     most, default = (MAX_ZSTD_LEVEL, DEFAULT_ZSTD_LEVEL) if compression == "zstd" else (MAX_LEVEL, DEFAULT_LEVEL)
+    portable = portable and compression in ("estargz", "gzip")
     if level is None:
-        return default
-    check_range(f"the level of compression {compression}", level, 0, most)
+        return DEFAULT_PORTABLE_LEVEL if portable else default
+    check_range(f"the level of {'portable' if portable else 'compression'} {compression}", level, int(portable), most)
     return level or (default if compression == "zstd" else 0)
 
 
-def encoder(compression: str, level: int | None = None) -> str:
-    """The libraries that a layer's compressed bytes come from, with their versions, as ``isal-2.30.0``; or ``none``.
+def encoder(compression: str, level: int | None = None, *, portable: bool = False) -> str:
+    """What a layer's compressed bytes come from: ``libzstd-1.5.4``, ``isal-2.30.0/3f9c2a1e``; or ``none``.
 
-    While it stays the same, the same version of this package writes the same bytes on the same kind of CPU. libzstd's version
-    is that of the library at run time, the others' those they were compiled with.
+    While it stays the same, the same version of this package writes the same bytes, on any machine. libzstd's version is that
+    of the library at run time. The others' are those they were compiled with, since they do not tell; behind them stand eight
+    digits of the digest of what they make of a sample at run time: they change with the version, and ISA-L's with the CPU.
 
     Raises:
         UsageError: the compression has no such level.
     """
     from estargz import _codec  # only when asked: the compiled stages are slow to load
 
-    return _codec.encoder(compression, resolve_level(compression, level))
+    return _codec.encoder(compression, resolve_level(compression, level, portable=portable), portable)
 
 
 def check_range(name: str, value: int, least: int, most: int) -> None:
@@ -156,6 +161,9 @@ class Options:
     """Bytes of a file's payload per member, 1..2**30; eStargz only."""
     min_chunk_size: int = 0
     """Uncompressed bytes that a member holds before a chunk begins another, 0..2**30; 0: every chunk begins one."""
+    portable: bool = False
+    """The same bytes on every CPU: levels 1..3 of estargz and gzip are libdeflate's, too, 1 is the default, and there is no 0.
+    All others are portable anyway (docs/reproducible.md)."""
     threads: int | None = None
     """1..1024; None: ``usable_threads()``."""
     memory: int | None = None
@@ -168,7 +176,7 @@ class Options:
     def __post_init__(self) -> None:
         if self.compression not in MEDIA_TYPES:
             raise UsageError(f"unknown compression {self.compression!r}: choose {', '.join(MEDIA_TYPES)}")
-        resolve_level(self.compression, self.level)
+        resolve_level(self.compression, self.level, portable=self.portable)
         check_range("chunk_size", self.chunk_size, 1, MAX_CHUNK_SIZE)
         check_range("min_chunk_size", self.min_chunk_size, 0, MAX_CHUNK_SIZE)
         if self.threads is not None:
@@ -177,6 +185,11 @@ class Options:
             check_range("memory", self.memory, 1, MAX_MEMORY)
         if self.pool is not None and not hasattr(self.pool, "crew"):
             raise UsageError(f"a pool is an estargz.Pool, not {type(self.pool).__name__}")
+
+    @property
+    def encoder(self) -> str:
+        """``encoder`` of these options."""
+        return encoder(self.compression, self.level, portable=self.portable)
 
     def kernel_arguments(self) -> dict[str, Any]:
         """The keyword arguments of the builder kernel."""
@@ -187,7 +200,8 @@ class Options:
         slot = 2 * (self.chunk_size + self.min_chunk_size + (4 << 20))
         return {
             "compression": self.compression,
-            "level": resolve_level(self.compression, self.level),
+            "level": resolve_level(self.compression, self.level, portable=self.portable),
+            "portable": self.portable,
             "chunk_size": self.chunk_size,
             "min_chunk_size": self.min_chunk_size,
             "threads": threads,

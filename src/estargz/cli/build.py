@@ -45,6 +45,11 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.
             self.fail(str(error), param, ctx)
 
 
+portable_option = click.option(
+    "--portable", is_flag=True, help="The same bytes on every CPU: levels 1-3 are libdeflate's, too.  [level 1]"
+)
+
+
 @click.command("build")
 @click.argument("source", type=click.Path())
 @click.option("-o", "--output", required=True, metavar="BLOB", help="File to write; - is standard output.")
@@ -70,6 +75,7 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.
     metavar="N",
     help="Pack small files into members of at least N bytes; containers/storage cannot read such layers.",
 )
+@portable_option
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="Default: the CPUs this process may use.")
 @click.option("--memory", type=Size(), metavar="N", help="Bytes that data under way may take.")
 @click.option("--no-landmark", is_flag=True, help="Leave out .no.prefetch.landmark: the pure differ stream.")

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from estargz.cli.build import Size, show_result, terminated_cleanly
+from estargz.cli.build import Size, portable_option, show_result, terminated_cleanly
 from estargz.cli.progress import MODES, layer_progress
 from estargz.errors import UsageError
 from estargz.image.convert import convert
@@ -74,6 +74,7 @@ def registry_options(command: Callable[..., Any]) -> Callable[..., Any]:
     metavar="N",
     help="Pack small files into members of at least N bytes; containers/storage cannot read such layers.",
 )
+@portable_option
 @click.option(
     "--base", metavar="REF", help="Keep the layers of this image as they are, if they are the lowest of SOURCE."
 )

@@ -11,7 +11,15 @@ from typing import Any
 
 import click
 
-from estargz.cli.build import descriptor_of, recorded, show_result, standard_input, terminated_cleanly, warn_of
+from estargz.cli.build import (
+    descriptor_of,
+    portable_option,
+    recorded,
+    show_result,
+    standard_input,
+    terminated_cleanly,
+    warn_of,
+)
 from estargz.cli.convert import described, open_cache, shared_options
 from estargz.cli.inspect import command as inspect
 from estargz.cli.progress import layer_progress
@@ -68,6 +76,7 @@ command.add_command(inspect)
     metavar="SPEC",
     help="As for BuildKit, type=oci,dest=FILE or type=image,name=HOST/NAME:TAG,push=true,compression=estargz.",
 )
+@portable_option
 @shared_options
 def build(
     base: str | None,
@@ -80,6 +89,7 @@ def build(
     volumes: tuple[str, ...],
     platform: str | None,
     output: str,
+    portable: bool,
     reuse: bool,
     cache: str | None,
     threads: int | None,
@@ -122,7 +132,7 @@ def build(
             volumes=volumes or None,
             **settings,
         )
-        done = image.export(wanted, cache=store, pool=pool, report=report)
+        done = image.export(wanted, portable=portable, cache=store, pool=pool, report=report)
     warn_of(done.missing)
     document = {} if done.descriptor is None else done.descriptor.document()
     result = {**document, "names": list(done.names), "layers": described(done.layers)}

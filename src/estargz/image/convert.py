@@ -46,6 +46,7 @@ def convert(
     level: int | None = None,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
     min_chunk_size: int = 0,
+    portable: bool = False,
     force: bool = False,
     base: str | Reference | None = None,
     platforms: Iterable[str | Platform] | None = None,
@@ -64,7 +65,7 @@ def convert(
         compression: ``uncompressed``, ``gzip``, ``estargz`` or ``zstd`` for layers that are of another type; None copies
             them as they are. A layer that has the wanted type is kept, whatever made it. Uncompressing a converted layer gives
             the tar that the original was made of, to the byte.
-        level, chunk_size, min_chunk_size: as for ``estargz.build``.
+        level, chunk_size, min_chunk_size, portable: as for ``estargz.build``.
         base: an image whose layers, as far as they are the lowest of ``source``'s, are kept as they are,
         force: unless this is set.
         platforms: those to take, as ``linux/arm64``; None for all. A single one gives its manifest alone, without an index.
@@ -86,7 +87,7 @@ def convert(
         SourceError, BlobError, VerificationError: a layer cannot be read, or is not what it is said to be.
         RegistryError, SinkError: something cannot be fetched or written.
     """
-    form = LayerForm(compression, level, chunk_size, min_chunk_size)
+    form = LayerForm(compression, level, chunk_size, min_chunk_size, portable)
     if compression is None and level is not None:
         raise UsageError("a level is of a compression; give --compression with --level")
     family = _family(compression, oci_types)

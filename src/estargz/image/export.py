@@ -60,6 +60,7 @@ def export(
     image: Image,
     output: Output,
     *,
+    portable: bool = False,
     cache: VariantStore | None = None,
     pool: Pool | None = None,
     report: Report | None = None,
@@ -69,7 +70,7 @@ def export(
         image.registries.allow_insecure(Reference.parse(f"docker://{name}").host for name in output.names)
     if any(one.of.startswith("index") for one in output.annotations):
         raise UsageError("an image for one platform has no index to annotate; leave annotation-index out")
-    work = _Work(image, output, cache, pool or Pool(), report)
+    work = _Work(image, output, portable, cache, pool or Pool(), report)
     if output.type == "local":
         return work.files(output.dest or ".")
     if output.type == "tar":
@@ -87,6 +88,7 @@ def _standard_output() -> DescriptorSink:
 class _Work:
     image: Image
     output: Output
+    portable: bool
     cache: VariantStore | None
     pool: Pool
     report: Report | None
@@ -172,7 +174,11 @@ class _Work:
     def _form(self) -> LayerForm:
         output = self.output
         return LayerForm(
-            output.compression, output.compression_level, output.chunk_size or DEFAULT_CHUNK_SIZE, output.min_chunk_size
+            output.compression,
+            output.compression_level,
+            output.chunk_size or DEFAULT_CHUNK_SIZE,
+            output.min_chunk_size,
+            self.portable,
         )
 
     def _mover(self, target: ImageTarget, form: LayerForm) -> LayerMover:

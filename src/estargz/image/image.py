@@ -153,6 +153,7 @@ class Image:
         self,
         output: str | Output,
         *,
+        portable: bool = False,
         cache: VariantStore | None = None,
         pool: Pool | None = None,
         report: Report | None = None,
@@ -161,10 +162,11 @@ class Image:
 
         Layers that the image began with stay as they are, unless the line has force-compression=true.
 
-        output:  BuildKit's ``--output`` line, or an Output made of one
-        cache:   finds finished layers, and keeps them; None: nothing is kept but what the line says
-        pool:    threads and memory for all layers; None: a new one
-        report:  is told how far each layer is
+        output:    BuildKit's ``--output`` line, or an Output made of one
+        portable:  the same bytes on every CPU, as for ``estargz.build``
+        cache:     finds finished layers, and keeps them; None: nothing is kept but what the line says
+        pool:      threads and memory for all layers; None: a new one
+        report:    is told how far each layer is
 
         Raises UsageError, SourceError, BlobError, RegistryError, SinkError, and what a layer's own source raises.
         """
@@ -172,7 +174,7 @@ class Image:
         from estargz.image.output import Output
 
         parsed = output if isinstance(output, Output) else Output.parse(output)
-        return export(self, parsed, cache=cache, pool=pool, report=report)
+        return export(self, parsed, portable=portable, cache=cache, pool=pool, report=report)
 
     def close(self) -> None:
         """Frees what the base is read from. Images made of this one cannot be exported any more."""

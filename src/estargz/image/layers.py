@@ -57,6 +57,7 @@ class LayerForm:
     """0..12 (gzip, estargz) or 1..19 (zstd); None: the default."""
     chunk_size: int = DEFAULT_CHUNK_SIZE
     min_chunk_size: int = 0
+    portable: bool = False
 
     def __post_init__(self) -> None:
         Options(**self.options())
@@ -68,6 +69,7 @@ class LayerForm:
             "level": self.level,
             "chunk_size": self.chunk_size,
             "min_chunk_size": self.min_chunk_size,
+            "portable": self.portable,
         }
 
     def changes(self, kind: LayerKind) -> bool:

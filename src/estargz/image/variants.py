@@ -49,7 +49,7 @@ from estargz.image.reference import Reference
 from estargz.image.store import BlobReader, BlobUpload, VerifyingReader
 from estargz.image.variant_index import VariantIndex, locked_folder
 from estargz.layer import Layer
-from estargz.options import Options, encoder, resolve_level
+from estargz.options import Options, resolve_level
 from estargz.writing.sink import PathSink
 
 __all__ = ["Removed", "Source", "Usage", "VariantKey", "VariantStore", "default_cache"]
@@ -92,14 +92,14 @@ class VariantKey:
         Options that the compression does not look at count as 0. Raises ImageError when ``tar_digest`` is none.
         """
         chunked = options.compression == "estargz"
-        level = 0 if options.compression == "uncompressed" else resolve_level(options.compression, options.level)
+        level = resolve_level(options.compression, options.level, portable=options.portable)
         return cls(
             check_digest(tar_digest),
             options.compression,
-            level,
+            0 if options.compression == "uncompressed" else level,
             options.chunk_size if chunked else 0,
             options.min_chunk_size if chunked else 0,
-            f"estargz-{estargz.__version__} {encoder(options.compression, options.level)}",
+            f"estargz-{estargz.__version__} {options.encoder}",
             digest_of(json.dumps(extra, sort_keys=True).encode()) if extra else "",
         )
 

@@ -29,6 +29,7 @@ def build(
     level: int | None = None,
     chunk_size: int = DEFAULT_CHUNK_SIZE,
     min_chunk_size: int = 0,
+    portable: bool = False,
     threads: int | None = None,
     memory: int | None = None,
     landmark: bool = True,
@@ -51,6 +52,7 @@ def build(
         chunk_size: bytes of a file per member, 1..2**30.
         min_chunk_size: bytes that a member holds before a chunk begins another, 0..2**30. Layers made with it need
             readers that know inner offsets; containers/storage does not.
+        portable: the same bytes on every CPU: levels 1..3 are libdeflate's, too, and 1 is the default (docs/reproducible.md).
         threads: 1..1024, None for the CPUs this process may use. Never changes the bytes.
         memory: bytes that data under way may take, None for a default by threads. Never changes the bytes.
         landmark: begin an eStargz layer made of directories with ``.no.prefetch.landmark``, as the format demands.
@@ -77,6 +79,7 @@ def build(
         level=level,
         chunk_size=chunk_size,
         min_chunk_size=min_chunk_size,
+        portable=portable,
         threads=threads,
         memory=memory,
         progress=progress,

@@ -28,6 +28,7 @@ def finish_layer(
         tar_digest=f"sha256:{builder.tar_digest.hex()}",
         uncompressed_size=uncompressed_size,
         toc_digest=f"sha256:{toc_digest.hex()}" if toc_digest is not None else None,
+        encoder=options.encoder,
         prefetch_size=builder.prefetch_size,
         missing=missing,
         stages=builder.stages(),
