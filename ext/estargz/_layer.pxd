@@ -31,6 +31,7 @@ cdef class LayerBuilder:
     cdef bint has_payload           # some chunk has been given room
     cdef size_t run                 # bytes of the open member since its last payload
     cdef int64_t row_count
+    cdef int64_t table_size         # bytes of rows and their strings
     cdef byte_map last_names        # id -> position in names
     cdef buffer names
     cdef est_failure failure        # the producer's own

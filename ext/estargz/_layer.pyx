@@ -33,7 +33,7 @@ from estargz._memory cimport buffer, buffer_append, buffer_free, map_free, map_i
 from estargz._pipeline cimport BATCH_PIECE, STAGE_TOC, Pipeline, batch, chunk_span, file_fill, member_span, set_failure
 from estargz._rows cimport (
     EST_CANCELLED, EST_NO_MEMORY, EST_OK, EST_READ, EST_RESERVED_NAME, EST_SHRANK, EST_SINK, EST_TAR_DANGLING_META,
-    EST_TAR_HALF_PADDING, EST_TAR_LONE_ZERO, EST_TAR_TRUNCATED, tar_entry, toc_row,
+    EST_TAR_HALF_PADDING, EST_TAR_LONE_ZERO, EST_TAR_TRUNCATED, EST_TOC_SIZE, tar_entry, toc_row,
 )
 from estargz._sha256 cimport sha256_job, sha256_run
 from estargz._tar cimport (
@@ -53,6 +53,7 @@ cdef enum:
     ZSTD_LEVEL_LARGE = 17
     PIECE_SIZE = 256 << 10              # of the table of contents, so that a small one still keeps several threads busy
     FOOTER_SIZE = 51
+    TABLE_MOST = 1 << 30                # bytes of the table of contents in memory and as JSON, as a reader's Limits.toc_size
     ROWS_A_TURN = 8192                  # of the table of contents: some milliseconds
     LISTEN_MS = 100                     # between two looks for signals while a pipe is silent
     MEMBERS_MOST = 8192                 # in a batch: each costs up to MEMBER_OVERHEAD bytes of its output buffer
@@ -287,6 +288,7 @@ cdef class LayerBuilder:
     cdef int add_row(self, const tar_entry *entry) noexcept nogil:
         cdef toc_row row
         cdef int keep_user, keep_group, code
+        cdef int64_t strings
         if self.indexed and is_toc_name(entry.name, entry.name_len):
             return self.set_failure(EST_RESERVED_NAME, 0, -1, entry.name, entry.name_len)
         if not self.keep_rows:
@@ -295,12 +297,16 @@ cdef class LayerBuilder:
         keep_group = self.keep_name(c'g', entry.gid, entry.group_name, entry.group_name_len)
         if keep_user < 0 or keep_group < 0:
             return self.set_failure(EST_NO_MEMORY, 0, -1, NULL, 0)
+        strings = self.current.strings.size
         code = toc_row_from_entry(entry, keep_user, keep_group, &row, &self.current.strings)
         if entry.type == c'0' and not entry.size:
             row.has_digest = 1
             memcpy(row.digest, EMPTY_DIGEST, 32)
         if code or not buffer_append(&self.current.rows, &row, sizeof(row)):
             return self.set_failure(EST_NO_MEMORY, 0, -1, NULL, 0)
+        self.table_size += self.current.strings.size - strings + sizeof(row)
+        if self.table_size > TABLE_MOST:
+            return self.set_failure(EST_TOC_SIZE, 0, -1, entry.name, entry.name_len)
         self.row_count += 1
         return EST_OK
 
@@ -775,6 +781,8 @@ cdef class LayerBuilder:
             if toc_entry(&self.pipeline.table, row, self.chunk_size, text):
                 return EST_NO_MEMORY
             total += text.size
+            if total > TABLE_MOST:
+                return EST_TOC_SIZE
         text.size = 0
         if toc_close(&self.pipeline.table, text):
             return EST_NO_MEMORY

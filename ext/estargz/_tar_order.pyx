@@ -16,7 +16,7 @@ from estargz._layer cimport LayerBuilder
 from estargz._memory cimport buffer, buffer_append, buffer_free, buffer_reserve, byte_map, map_find, map_free, map_insert, map_slot
 from estargz._rows cimport (
     EST_CANCELLED, EST_NO_MEMORY, EST_OK, EST_READ, EST_SHRANK, EST_TAR_DANGLING_META, EST_TAR_HALF_PADDING, EST_TAR_LONE_ZERO,
-    EST_TAR_TRUNCATED,
+    EST_TAR_TRUNCATED, EST_TOC_SIZE,
 )
 from estargz._tar cimport (
     TAR_ENTRY, TAR_META, TAR_ZERO, tar_parse_block, tar_parse_meta, tar_parser, tar_parser_free, tar_parser_init,
@@ -31,6 +31,7 @@ cdef enum:
     BLOCK = 512
     WINDOW = 8 << 10        # read at once: headers of small files lie close together, those of large ones do not
     LINKS_IN_A_ROW = 1000   # hard links to hard links that are followed
+    NAMES_MOST = 1 << 30    # bytes of all names, as many as a table of contents has at most
 
 # What is known of a path that is to come first. The values are those of writing/priority.py.
 cdef enum:
@@ -341,6 +342,8 @@ cdef class TarOrder:
             index = map_insert(&self.names, self.cleaned.data, self.cleaned.size, -1)
             if index == NULL:
                 return self.failed(EST_NO_MEMORY, begin)
+            if self.names.keys.size > NAMES_MOST:
+                return self.failed(EST_TOC_SIZE, begin)
             if index[0] >= 0:
                 self.at(index[0]).state = ENTRY_DROPPED
             index[0] = self.entries.size // sizeof(entry_place)

@@ -22,6 +22,7 @@ enum est_status {
     EST_DEVICE_NUMBER = -20,  /* device number too large for a tar header */
     EST_NAME_TOO_LONG = -21,  /* header records of one entry exceed 1 MiB */
     EST_RESERVED_NAME = -22,  /* stargz.index.json or a landmark at the root of the layer */
+    EST_TOC_SIZE = -23,       /* a table of contents, or the names in it, over 1 GiB */
 
     /* tar input */
     EST_TAR_CHECKSUM = -30,

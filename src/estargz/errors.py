@@ -110,6 +110,8 @@ class VerificationError(BlobError):
     """A digest, a size or an entry that does not match what the blob or the caller claims."""
 
 
+_NAME_SHOWN = 500  # characters, of names that may have a million
+
 # status code (ext/estargz/status.h) -> (exception, message, remedy)
 # {name} is the entry or path, {offset} the byte offset in the input, {at} the same in brackets if there is one,
 # {cause} the system's text for errno.
@@ -132,6 +134,11 @@ _STATUS: dict[int, tuple[type[EstargzError], str, str]] = {
     -20: (SourceError, "{name}: its device number does not fit a tar header", "leave the device out of the tree"),
     -21: (SourceError, "{name}: name, link target and attributes exceed 1 MiB", "shorten the name or drop attributes"),
     -22: (SourceError, "{name}: is a name reserved by the eStargz format{at}", "rename it, or use --compression gzip"),
+    -23: (
+        SourceError,
+        "{name}: the table of contents would go beyond 1 GiB, more than readers take",
+        "make several layers, or use --compression gzip",
+    ),
     -30: (TarError, "{name}: bad header checksum at byte {offset}", "the input is damaged or is no tar stream"),
     -31: (TarError, "{name}: bad number in the header at byte {offset}", "the input is damaged; make the tar again"),
     -32: (TarError, "{name}: sparse entry at byte {offset}", "make the tar without --sparse"),
@@ -193,6 +200,11 @@ _STATUS: dict[int, tuple[type[EstargzError], str, str]] = {
 }  # fmt: skip
 
 
+def brief(name: str) -> str:
+    """A stranger's name as messages have it: of a long one its beginning and its end."""
+    return name if len(name) <= _NAME_SHOWN else f"{name[: _NAME_SHOWN - 50]}...{name[-50:]}"
+
+
 def from_status(code: int, errno: int = 0, name: str = "", offset: int = -1) -> BaseException:
     """The exception for a kernel's status; ``name`` is the entry or path, ``offset`` a byte offset or -1."""
     if code == -1:
@@ -200,7 +212,7 @@ def from_status(code: int, errno: int = 0, name: str = "", offset: int = -1) -> 
     kind, text, remedy = _STATUS.get(code, (EstargzError, f"unknown status {code} for {{name}}", ""))
     cause = os.strerror(errno) if errno else "unknown cause"
     at = f" (at byte {offset})" if offset >= 0 else ""
-    message = text.format(name=name or "input", offset=offset, cause=cause, at=at)
+    message = text.format(name=brief(name) or "input", offset=offset, cause=cause, at=at)
     if remedy:
         message += f"; {remedy}"
     error = kind(message)

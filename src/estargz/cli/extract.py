@@ -29,7 +29,13 @@ _SHOWN = 20  # of what was left out
 @click.option("--no-same-owner", is_flag=True, help="Own everything; leave out devices and what else needs root.")
 @click.option("--no-xattrs", is_flag=True, help="Leave out extended attributes.")
 @click.option("--max-size", type=Size(), metavar="N", help="Most bytes that all files may take.")
-@click.option("--max-entries", type=click.IntRange(0), metavar="N", help="Most entries, implied directories counted.")
+@click.option(
+    "--max-entries",
+    type=click.IntRange(0),
+    default=10_000_000,
+    metavar="N",
+    help="Most entries, implied directories counted; by default 10 million.",
+)
 @click.option("--quiet", is_flag=True, help="No progress, no summary.")
 def command(
     blobs: tuple[str, ...],
@@ -40,7 +46,7 @@ def command(
     no_same_owner: bool,
     no_xattrs: bool,
     max_size: int | None,
-    max_entries: int | None,
+    max_entries: int,
     quiet: bool,
 ) -> None:
     """Apply layers to DIR, the lowest BLOB first; - is standard input.

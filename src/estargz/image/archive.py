@@ -148,22 +148,23 @@ class DockerArchive(Archive):
         """The manifest with this configuration and these layers that the archive's layout leads to."""
         if self._tar.find("index.json") is None:
             return None
-        for descriptor in self._manifests(self._index(), 2):
+        for descriptor in self._manifests(self._index(), 2, set()):
             manifest = Manifest.parse(self.read(descriptor), descriptor.media_type, f"{self.name}: {descriptor.digest}")
             if [_blob_name(blob.digest) for blob in (manifest.config, *manifest.layers)] == [config, *layers]:
                 return Descriptor(descriptor.media_type, descriptor.digest, descriptor.size)
         return None
 
-    def _manifests(self, index: Index, depth: int) -> Iterator[Descriptor]:
-        """Those that are there: of an image for many platforms often only one was saved."""
+    def _manifests(self, index: Index, depth: int, seen: set[str]) -> Iterator[Descriptor]:
+        """Those that are there, each once: of an image for many platforms often only one was saved."""
         for entry in index.manifests:
-            if super()._find(entry.digest) is None:
+            if entry.digest in seen or super()._find(entry.digest) is None:
                 continue
+            seen.add(entry.digest)
             if is_manifest(entry.media_type):
                 yield entry
             elif is_index(entry.media_type) and depth:
                 inner = Index.parse(self.read(entry), entry.media_type, f"{self.name}: {entry.digest}")
-                yield from self._manifests(inner, depth - 1)
+                yield from self._manifests(inner, depth - 1, seen)
 
     def _make(self, config_path: str, paths: Sequence[str]) -> Descriptor:
         data = self._tar.read(config_path)

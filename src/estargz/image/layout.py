@@ -170,12 +170,16 @@ def make_folder(folder: Path) -> None:
 def read_document(path: Path) -> bytes | None:
     """A small file beside blobs, None when it is not there. Raises ImageError for one that is larger than these are."""
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_MANIFEST_SIZE + 1)
+        # Without O_NONBLOCK a FIFO would be waited for.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
+            data = file.read(MAX_MANIFEST_SIZE + 1) if regular else b""
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise SourceError(f"{path}: cannot be read: {error.strerror}; check its rights") from error
+    if not regular:
+        raise ImageError(f"{path}: is no regular file; copy the image again")
     if len(data) > MAX_MANIFEST_SIZE:
         raise ImageError(f"{path}: has more than {MAX_MANIFEST_SIZE} bytes, the most that such a file may have")
     return data

@@ -29,6 +29,7 @@ _PIECE = 1 << 20
 _MAX_MEMBERS = 1 << 16
 _MAX_NAME = 1024  # bytes
 _MAX_EXTENSION = 1 << 16  # bytes of a PAX or GNU header
+_MAX_EXTENSIONS = 16 << 20  # of all of them
 _MAX_LINKS = 8
 _RECORD = re.compile(rb"([0-9]{1,6}) ([^=]+)=")
 
@@ -82,6 +83,7 @@ class Tarball:
             raise SourceError(f"{path}: cannot be read: {error.strerror}; check that it is there and a file") from error
         try:
             self._size = os.fstat(self.fd).st_size
+            self._extensions = 0  # bytes so far
             self._members = {member.name: member for member in self._walk()}
         except BaseException:
             os.close(self.fd)
@@ -155,7 +157,8 @@ class Tarball:
 
     def _special(self, kind: bytes, place: int, size: int) -> dict[str, str]:
         """What an extended header says of the next entry, as far as it matters here."""
-        if size > _MAX_EXTENSION or place + size > self._size:
+        self._extensions += size
+        if size > _MAX_EXTENSION or self._extensions > _MAX_EXTENSIONS or place + size > self._size:
             raise ImageError(f"{self.path}: has an extended header of {size} bytes at byte {place}; make it again")
         data = read_all_at(self.fd, place, size)
         if kind == b"x":
@@ -164,19 +167,20 @@ class Tarball:
 
     def _records(self, data: bytes, place: int) -> dict[str, str]:
         found = {}
-        while data:
-            match = _RECORD.match(data)
-            length = int(match[1]) if match else 0
-            if match is None or not match.end() < length <= len(data) or data[length - 1 : length] != b"\n":
+        at = 0
+        while at < len(data):
+            match = _RECORD.match(data, at)
+            end = at + int(match[1]) if match else 0
+            if match is None or not match.end() < end <= len(data) or data[end - 1 : end] != b"\n":
                 raise ImageError(f"{self.path}: has a malformed PAX record at byte {place}; make the archive again")
-            key, value = _text(match[2]), _text(data[match.end() : length - 1])
+            key, value = _text(match[2]), _text(data[match.end() : end - 1])
             if key.startswith("GNU.sparse"):
                 raise self._sparse(place)
             if key == "size" and not re.fullmatch(r"[0-9]{1,18}", value):
                 raise ImageError(f"{self.path}: has a malformed size at byte {place}; make the archive again")
             if key in ("path", "linkpath", "size"):
                 found[key] = value
-            data = data[length:]
+            at = end
         return found
 
     def _sparse(self, place: int) -> ImageError:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from estargz.errors import ImageError, UsageError
 from estargz.image.layers import StoredLayer
 from estargz.image.model import (
+    MAX_MANIFESTS,
     Descriptor,
     ImageConfig,
     Index,
@@ -37,6 +38,8 @@ REFERENCE_DIGEST = "vnd.docker.reference.digest"
 """Annotation of a BuildKit attestation in an index: the digest of the manifest that it is about."""
 
 _MAX_DEPTH = 4  # indexes in indexes
+_MAX_DOCUMENTS = 2 * MAX_MANIFESTS + 2  # of an index whose manifests are all images: a configuration belongs to each
+_MAX_SIZE = 64 << 20  # bytes of all documents
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +107,7 @@ def read_tree(source: ImageSource, wanted: Sequence[Platform] | None = None) -> 
     Raises UsageError for a platform that there is no image for, ImageError for malformed documents, and what the source
     raises.
     """
-    tree = _read(source, source.resolve(), wanted, 0)
+    tree = _read(_Documents(source), source.resolve(), wanted, 0)
     for platform in wanted or ():
         if not any(_is_for(image.platform, [platform]) for image in images_of(tree)):
             there = ", ".join(sorted(_platforms(tree))) or "none"
@@ -126,7 +129,25 @@ def read_image(source: ImageSource, platform: Platform | None = None) -> StoredI
     return images[0]
 
 
-def _read(source: ImageSource, descriptor: Descriptor, wanted: Sequence[Platform] | None, depth: int) -> Document:
+class _Documents:
+    """Those of one tree, which are bounded in all: an index may name another one again and again, which does the same."""
+
+    def __init__(self, source: ImageSource) -> None:
+        self.name = source.name
+        self._source = source
+        self._count = self._size = 0
+
+    def read(self, descriptor: Descriptor) -> bytes:
+        self._count += 1
+        self._size += descriptor.size
+        if self._count > _MAX_DOCUMENTS or self._size > _MAX_SIZE:
+            raise ImageError(
+                f"{self.name}: has over {_MAX_DOCUMENTS} documents, or {_MAX_SIZE} bytes of them; choose a platform, or its digest"
+            )
+        return self._source.read(descriptor)
+
+
+def _read(source: _Documents, descriptor: Descriptor, wanted: Sequence[Platform] | None, depth: int) -> Document:
     if depth > _MAX_DEPTH:
         raise ImageError(f"{source.name}: indexes lie in indexes, more than {_MAX_DEPTH} deep; the image is malformed")
     what = f"{source.name}: {descriptor.digest}"

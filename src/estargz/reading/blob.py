@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from estargz._inflate import InflateReader, detect
 from estargz.digest import parse_digest
-from estargz.errors import BlobError, UsageError
+from estargz.errors import BlobError, UsageError, brief
 from estargz.reading.content import BufferedContent, Chunk, ContentFile, Contents, RegularFile
 from estargz.reading.footer import footer_of, read_toc, require_footer
 from estargz.reading.source import Readable, Source, Window, blob_errors, open_source
@@ -133,7 +133,7 @@ class Blob:
         try:
             mtime = modtime_seconds(entry.modtime)
         except ValueError as error:
-            raise BlobError(f"{self.name}: {entry.name!r}: modtime {error}") from None
+            raise BlobError(f"{self.name}: {brief(entry.name)!r}: modtime {error}") from None
         mode = _TYPE_BITS[entry.type] | entry.mode & 0o7777
         links = 1 + self._hard_links.get(row, 0)
         size = len(entry.link_name.encode()) if entry.type == "symlink" else entry.size
@@ -146,7 +146,7 @@ class Blob:
     def _device(self, entry: TOCEntry) -> int:
         if not (0 <= entry.dev_major < 2**31 and 0 <= entry.dev_minor < 2**31):  # more than Linux has, and Python takes
             raise BlobError(
-                f"{self.name}: {entry.name!r}: no device has the numbers {entry.dev_major}, {entry.dev_minor}"
+                f"{self.name}: {brief(entry.name)!r}: no device has the numbers {entry.dev_major}, {entry.dev_minor}"
             )
         return os.makedev(entry.dev_major, entry.dev_minor)
 
@@ -167,7 +167,7 @@ class Blob:
         try:
             return {key: base64.b64decode(value, validate=True) for key, value in entry.xattrs.items()}
         except ValueError as error:
-            raise BlobError(f"{self.name}: {entry.name!r}: attribute: {error}; build the blob again") from None
+            raise BlobError(f"{self.name}: {brief(entry.name)!r}: attribute: {error}; build the blob again") from None
 
     def owner(self, path: str, *, follow_symlinks: bool = True) -> tuple[str, str]:
         """User and group name of a path, "" for none; the table states a name where it first belongs to an id."""
@@ -367,9 +367,9 @@ class Blob:
             row = self._row(node) if node >= 0 else -1
             wrong = ""
             if row < 0:
-                wrong = f"{self.name}: {entry.name!r} links to {entry.link_name!r}, which is not there"
+                wrong = f"{self.name}: {brief(entry.name)!r} links to {brief(entry.link_name)!r}, which is not there"
             elif row in way:
-                wrong = f"{self.name}: {self.toc[row].name!r} is a hard link that leads back to itself"
+                wrong = f"{self.name}: {brief(self.toc[row].name)!r} is a hard link that leads back to itself"
             if wrong:
                 self._targets.update(dict.fromkeys(way, wrong))
                 raise BlobError(wrong)

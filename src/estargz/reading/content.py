@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from estargz._inflate import InflateReader, read_chunk
 from estargz.digest import sha256
-from estargz.errors import BlobError, RangeError, VerificationError
+from estargz.errors import BlobError, RangeError, VerificationError, brief
 from estargz.reading.source import Source, Window, blob_errors
 
 __all__ = ["BufferedContent", "Chunk", "ContentFile", "Contents", "RegularFile"]
@@ -119,7 +119,7 @@ class Contents:
 
     def require_digests(self, file: RegularFile) -> None:
         if not file.digest and file.size and not all(chunk.digest for chunk in file.chunks):
-            raise BlobError(f"{self._name}: {file.name!r} has no digest in the TOC, so its content cannot be trusted")
+            raise BlobError(f"{self._name}: {brief(file.name)!r} has no digest in the TOC, so its content cannot be trusted")
 
     def _checked(self, file: RegularFile, chunk: Chunk, members: Members) -> bytes:
         def read() -> bytes:
@@ -146,7 +146,7 @@ class Contents:
         """The chunk's bytes, not verified yet."""
         if max(chunk.size, chunk.inner_offset) > MAX_CHUNK_SIZE:
             raise self._too_large(file, max(chunk.size, chunk.inner_offset))
-        label = f"{self._name}: {file.name!r}, chunk at {chunk.chunk_offset}"
+        label = f"{self._name}: {brief(file.name)!r}, chunk at {chunk.chunk_offset}"
         begin, end = chunk.offset, chunk.end
         with blob_errors():
             if chunk.inner_offset == 0 and self.source.kernel is not None:
@@ -161,13 +161,13 @@ class Contents:
     def _expect(self, file: RegularFile, chunk: Chunk, wanted: str, found: str) -> None:
         if found != wanted:
             raise VerificationError(
-                f"{self._name}: {file.name!r}, chunk at {chunk.chunk_offset} (blob offset {chunk.offset}): "
+                f"{self._name}: {brief(file.name)!r}, chunk at {chunk.chunk_offset} (blob offset {chunk.offset}): "
                 f"expected {wanted}, found {found}; the blob was altered or damaged, fetch it again"
             )
 
     def _too_large(self, file: RegularFile, size: int) -> BlobError:
         return BlobError(
-            f"{self._name}: {file.name!r} has a chunk of {size} bytes, over {MAX_CHUNK_SIZE}; unpack it instead"
+            f"{self._name}: {brief(file.name)!r} has a chunk of {size} bytes, over {MAX_CHUNK_SIZE}; unpack it instead"
         )
 
 

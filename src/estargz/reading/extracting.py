@@ -30,6 +30,7 @@ from estargz.reading.source import RangeReader, Readable, Source, Window, blob_e
 
 __all__ = ["Extracted", "extract"]
 
+_ENTRIES_MOST = 10_000_000  # as many as a table of contents may have (Limits.entries)
 _HANDLES_MOST = 512  # directories kept open
 _PREFIX = 512  # bytes of a pipe to tell its kind by
 _SKIPPED = {  # skip_reason in ext/estargz/_place.pxd
@@ -73,7 +74,7 @@ def extract(
     threads: int | None = None,
     memory: int | None = None,
     max_size: int | None = None,
-    max_entries: int | None = None,
+    max_entries: int | None = _ENTRIES_MOST,
     diff_ids: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Extracted:
@@ -91,7 +92,7 @@ def extract(
         threads: 1..1024, None for the CPUs this process may use. Never changes the result.
         memory: bytes that parts of the layers under way may take, None for a default by threads.
         max_size: most bytes of all files.
-        max_entries: most entries of all layers, and parent directories that none of them states.
+        max_entries: most entries of all layers, and parent directories that none of them states; None for any number.
         diff_ids: for each layer "sha256:..." that the whole inflated stream must have, a table of contents included;
             known only when the layer's files are there. Without it, only the stream's own checksums are checked.
         progress: is given the bytes of tar read so far, about ten times a second.

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, overload
 import msgspec
 
 from estargz._index import FLAG_CHUNK_DIGEST, FLAG_DIGEST, ROW_FIELDS, TocIndex
-from estargz.errors import BlobError, UsageError
+from estargz.errors import BlobError, UsageError, brief
 
 if TYPE_CHECKING:
     import numpy as np
@@ -238,7 +238,7 @@ def modtime_seconds(text: str) -> int:
         return 0
     match = _MODTIME.fullmatch(text)
     if match is None:
-        raise ValueError(f"{text!r} is no RFC 3339 time in whole seconds")
+        raise ValueError(f"{brief(text)!r} is no RFC 3339 time in whole seconds")
     year, month, day, hour, minute, second = map(int, match.group(1, 2, 3, 4, 5, 6))
     cycles, year = divmod(year, _CYCLE_YEARS)
     moment = datetime(year + _CYCLE_YEARS, month, day, hour, minute, second, tzinfo=UTC)
@@ -455,4 +455,4 @@ def _expect_few_objects(data: bytes, name: str) -> None:
 
 
 def _bad(name: str, entry: str, what: str) -> BlobError:
-    return BlobError(f"{name}: TOC entry {entry!r}: {what}; the blob is damaged or made by a faulty builder")
+    return BlobError(f"{name}: TOC entry {brief(entry)!r}: {what}; the blob is damaged or made by a faulty builder")

@@ -35,7 +35,7 @@ from estargz._inflate import (
     detect,
 )
 from estargz.digest import parse_digest, sha256
-from estargz.errors import BlobError, EstargzError, UsageError, VerificationError, from_status
+from estargz.errors import BlobError, EstargzError, UsageError, VerificationError, brief, from_status
 from estargz.reading import blob as blobs
 from estargz.reading.blob import Blob, Tar
 from estargz.reading.content import AHEAD_SIZE, Contents, RegularFile
@@ -243,7 +243,7 @@ def _expect_digests(blob: Blob, rows: NDArray[np.int64], files: NDArray[np.int64
             try:
                 parse_digest(text)
             except UsageError as error:
-                raise BlobError(f"{blob.name}: {entry.name!r}: TOC: {error}; build the blob again") from None
+                raise BlobError(f"{blob.name}: {brief(entry.name)!r}: TOC: {error}; build the blob again") from None
 
 
 def _check_distant(blob: Blob, work: _Work) -> None:
@@ -272,7 +272,7 @@ def _drain(parts: Iterator[bytes]) -> None:
 def _chunk_error(blob: Blob, work: _Work, index: int, status: int, errno: int, at: int, found: bytes) -> BaseException:
     file = blob.toc[int(work.files[index])]
     chunk = blob.chunks_at(int(work.files[index]))[int(work.rows[index] - work.files[index])]
-    where = f"{blob.name}: {file.name!r}, chunk at {chunk.chunk_offset} (blob offset {chunk.offset})"
+    where = f"{blob.name}: {brief(file.name)!r}, chunk at {chunk.chunk_offset} (blob offset {chunk.offset})"
     if status < 0:
         cause = from_status(status, errno, where, at)
         return VerificationError(str(cause)) if isinstance(cause, EstargzError) else cause
@@ -400,12 +400,12 @@ def _compare(blob: Blob, scan: Scan) -> None:
             continue
         where = f"{blob.name}: entry {index}"
         if toc is None:
-            raise VerificationError(f"{where}: {tar.name!r} is in the tar and not in the TOC")
+            raise VerificationError(f"{where}: {brief(tar.name)!r} is in the tar and not in the TOC")
         if tar is None:
-            raise VerificationError(f"{where}: {toc.name!r} is in the TOC and not in the tar")
+            raise VerificationError(f"{where}: {brief(toc.name)!r} is in the TOC and not in the tar")
         for field, is_, says in zip(_Facts._fields, tar, toc, strict=True):
             if is_ != says:
-                raise VerificationError(f"{where} {tar.name!r}: {field}: the tar has {is_!r}, the TOC {says!r}")
+                raise VerificationError(f"{where} {brief(tar.name)!r}: {field}: the tar has {brief(repr(is_))}, the TOC {brief(repr(says))}")
 
 
 def _toc_facts(blob: Blob) -> Iterator[_Facts]:
@@ -417,7 +417,7 @@ def _toc_facts(blob: Blob) -> Iterator[_Facts]:
             try:
                 times[entry.modtime] = modtime_seconds(entry.modtime)
             except ValueError as error:
-                raise VerificationError(f"{blob.name}: {entry.name!r}: modtime {error}") from None
+                raise VerificationError(f"{blob.name}: {brief(entry.name)!r}: modtime {error}") from None
         digest = entry.digest or (_EMPTY_DIGEST if entry.type == "reg" and entry.size == 0 else "")
         yield _Facts(
             entry.name,

@@ -1,0 +1,348 @@
+"""The worst inputs, each in a process of its own: what they take of memory and time, at one size and at four times that.
+
+Each case states how many megabytes the larger of both may take beyond what the process had, and how it ends. Whatever it is,
+four times the input may take MOST_GROWTH times the CPU time at most, and none may be ended by a signal or the clock.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import hostile_inputs as inputs
+import outcome
+
+import estargz
+from estargz.errors import EstargzError
+from estargz.image import archive, convert, layout, tree, variants  # noqa: F401  to be measured without their imports
+from estargz.image.reference import Reference
+from estargz.image.store import open_source
+from estargz.reading import strict  # noqa: F401
+from estargz.registry.auth import parse_challenges
+from estargz.writing.timestamps import ClampedTar
+
+MOST_GROWTH = 6.0
+"""For four times the input; what is linear takes 4 to 5 times, by the caches of processors and the doubling of tables."""
+
+_FLOOR = 0.1  # CPU seconds at the larger size, below which growth is noise
+_SECONDS = 300  # of wall time and CPU, of a step
+_ADDRESS_SPACE = 8 << 30
+_FILE_SIZE = 8 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """``make`` writes an input of size n, ``use`` is measured: it is given the input, and where it may write.
+
+    full, quick: n of the smaller input
+    megabytes:   most memory that the larger one takes
+    expect:      a part of the error that it ends with; "": it ends well
+    """
+
+    name: str
+    make: Callable[[Path, int], None]
+    use: Callable[[Path, Path], object]
+    full: int
+    quick: int
+    megabytes: int
+    expect: str = ""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# what is done with an input
+
+
+def build(path: Path, scratch: Path) -> None:
+    estargz.build(path, "/dev/null", threads=2)
+
+
+def build_ordered(path: Path, scratch: Path) -> None:
+    estargz.build(path, "/dev/null", prefetch=["file1", "**/file9", "link9"], allow_missing=True, threads=2)
+
+
+def build_bytewise(path: Path, scratch: Path) -> None:
+    estargz.build(path, "/dev/null", chunk_size=1, threads=2)
+
+
+def clamp(path: Path, scratch: Path) -> None:
+    with path.open("rb") as file:
+        stream = ClampedTar(file, 1)
+        while stream.read(1 << 20):
+            pass
+
+
+def read(path: Path, scratch: Path) -> None:
+    """Everything that is asked of a table of contents."""
+    with estargz.open(path) as blob:
+        for name in blob.listdir()[:100]:
+            with suppress(OSError):
+                blob.stat(name)
+        last = blob.toc[len(blob.toc) - 1].name if len(blob.toc) else ""
+        with suppress(OSError):
+            blob.stat(last)
+        blob.whiteouts(), blob.opaques(), blob.landmark, blob.owner("")
+        with suppress(OSError):
+            blob.byte_ranges([""])
+
+
+def read_file(path: Path, scratch: Path) -> None:
+    with estargz.open(path) as blob:
+        for _ in blob.stream("file"):
+            pass
+
+
+def verify(path: Path, scratch: Path) -> None:
+    estargz.verify(path, strict=True, threads=2)
+
+
+def verify_plain(path: Path, scratch: Path) -> None:
+    with suppress(estargz.VerificationError):
+        estargz.verify(path, diff_id="sha256:" + "0" * 64)
+
+
+def extract(path: Path, scratch: Path) -> None:
+    estargz.extract(path, scratch / "tree", threads=2)
+
+
+def extract_little(path: Path, scratch: Path) -> None:
+    estargz.extract(path, scratch / "tree", threads=2, max_size=1 << 20)
+
+
+def read_image(path: Path, scratch: Path) -> None:
+    transport = "oci" if path.is_dir() else "docker-archive"
+    source = open_source(Reference.parse(f"{transport}:{path}"))
+    try:
+        tree.read_tree(source)
+    finally:
+        source.close()
+
+
+def convert_image(path: Path, scratch: Path) -> None:
+    estargz.convert(f"oci:{path}", f"oci:{scratch / 'converted'}", compression="gzip")
+
+
+def challenges(path: Path, scratch: Path) -> None:
+    parse_challenges(path.read_text())
+
+
+def access_log(path: Path, scratch: Path) -> None:
+    log = estargz.read_access_log(path)
+    estargz.match(log, [f"a/{'a' * 40}/{i}" for i in range(10)])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the cases
+
+
+def layer(
+    name: str, pieces: inputs.Pieces, full: int, quick: int, megabytes: int, **expect: str
+) -> Iterator[Case]:
+    """A tar, and the blob that is made of it, by all ways; ``expect``: by the name of the way."""
+    for use in (build, build_ordered, clamp, read, verify, extract):
+        make = inputs.blob(pieces) if use in (read, verify) else inputs.plain(pieces)
+        less = 5 if use is extract else 1  # which takes its time for each file
+        sizes = full // less, quick // less
+        yield Case(f"{name}: {use.__name__}", make, use, *sizes, megabytes, expect.get(use.__name__, ""))
+
+
+def stream(name: str, make: Callable[[Path, int], None], full: int, quick: int, megabytes: int, expect: str = "") -> Iterator[Case]:
+    for use in (build, verify_plain, extract):
+        yield Case(f"{name}: {use.__name__}", make, use, full, quick, megabytes, expect)
+
+
+def toc(name: str, pieces: inputs.Pieces, full: int, quick: int, megabytes: int, expect: str = "") -> Case:
+    return Case(name, inputs.table(pieces), read, full, quick, megabytes, expect)
+
+
+CASES: list[Case] = [
+    *layer("empty files", inputs.empty_files, 250_000, 10_000, 700),
+    *layer("little files", inputs.little_files, 25_000, 5_000, 200),
+    *layer("files at the end of deep paths", inputs.deep_files, 100, 25, 400),
+    *layer("deep directories", inputs.deep_directories, 10_000, 2_500, 200),
+    *layer("records of one header", inputs.records_of_one_header, 16_000, 16_000, 100),
+    *layer("a record again and again", inputs.repeated_record, 24_000, 24_000, 100),
+    *layer("attributes of one header", inputs.attributes_of_one_header, 2_500, 2_500, 100),
+    *layer("records of many headers", inputs.records_of_many_headers, 250_000, 20_000, 600),
+    *layer("headers of one entry", inputs.headers_of_one_entry, 100_000, 10_000, 64),
+    *layer("long names of one entry", inputs.long_names_of_one_entry, 100_000, 10_000, 64),
+    *layer("long names", inputs.long_names, 200, 50, 400),
+    *layer("huge targets of links", inputs.huge_link_targets, 250, 25, 300, extract="File name too long"),
+    *layer("duplicates", inputs.duplicates, 50_000, 5_000, 300),
+    *layer("whiteouts of nothing", inputs.whiteouts_of_nothing, 100_000, 10_000, 400),
+    *layer("opaque markers", inputs.opaque_markers, 100_000, 10_000, 400),
+    *layer("whiteouts of directories", inputs.whiteouts_of_directories, 25_000, 5_000, 300),
+    *layer("a chain of hard links", inputs.hard_link_chain, 15_000, 5_000, 300),
+    *layer("hard links in circles", inputs.hard_links_in_circles, 25_000, 5_000, 300, read="leads back to itself", extract="target is not there"),
+    *layer("a chain of symlinks", inputs.symlink_chain, 25_000, 5_000, 300),
+    *layer("entries below links", inputs.entries_below_links, 25_000, 5_000, 300),
+    *layer("names that collide", inputs.colliding_names, 100_000, 10_000, 400),
+    *layer("directories that are replaced", inputs.replaced_directories, 50_000, 5_000, 300),
+    *layer("zeros", inputs.zeros, 512, 32, 200),
+    *layer("zeros behind the end", inputs.zeros_behind_the_end, 512, 32, 200),
+    Case("chunks of one byte: build", inputs.plain(inputs.one_file), build_bytewise, 250_000, 10_000, 800),
+    Case("chunks of one byte: verify", inputs.blob(inputs.one_file, chunk_size=1), verify, 250_000, 10_000, 800),
+    Case("chunks of one byte: read", inputs.blob(inputs.one_file, chunk_size=1), read_file, 250_000, 10_000, 800),
+    *stream("empty members", inputs.empty_members, 250_000, 50_000, 64),
+    *stream("members of one byte", inputs.members_of_one_byte, 250_000, 50_000, 64),
+    *stream("empty blocks", inputs.empty_blocks, 10_000_000, 1_000_000, 64),
+    *stream("extra fields", inputs.extra_fields, 1_000, 100, 64),
+    *stream("false members", inputs.false_members, 10_000, 1_000, 100),
+    *stream("zeros in gzip", inputs.zeros_in_gzip, 1024, 64, 100),
+    *stream("zeros in zstd", inputs.zeros_in_zstd, 1024, 64, 100),
+    *stream("empty frames", inputs.empty_frames, 250_000, 50_000, 64),
+    *stream("skippable frames", inputs.skippable_frames, 250_000, 50_000, 64),
+    *stream("a window of 2 GiB", inputs.frame_with(b"\x00\xa8"), 1, 1, 64, "zstd"),
+    *stream("a content of 2^62 bytes", inputs.frame_with(b"\xe0" + (1 << 62).to_bytes(8, "little")), 1, 1, 64, "zstd"),
+    Case("zeros up to a limit: extract", inputs.zeros_in_gzip, extract_little, 256, 16, 64, "beyond the size allowed"),
+    toc("table: spaces", inputs.spaces, 64, 8, 400),
+    Case("table: over a gibibyte", inputs.stated_size, read, 2, 2, 64, "over 1073741824"),
+    toc("table: brackets", inputs.brackets, 50_000, 50_000, 64, "JSON"),
+    toc("table: objects", inputs.objects, 250_000, 25_000, 600),
+    toc("table: digits", inputs.numbers, 10_000_000, 1_000_000, 200),
+    toc("table: unknown keys", inputs.unknown_keys, 250_000, 25_000, 600),
+    toc("table: escapes", inputs.escapes, 2_000_000, 250_000, 300),
+    toc("table: compact entries", inputs.compact_entries, 200_000, 25_000, 900),
+    toc("table: least entries", inputs.go_table(inputs.least_entries), 1_000_000, 50_000, 1500),
+    toc("table: odd entries", inputs.go_table(inputs.odd_entries), 100_000, 10_000, 600),
+    toc("table: implied directories", inputs.go_table(inputs.implied_directories), 500, 25, 700),
+    toc("table: attributes", inputs.go_table(inputs.attributes), 20_000, 20_000, 200),
+    Case("a file of one-byte chunks: read", inputs.shared_member(inputs.chunks_of_one_byte), read_file, 250_000, 10_000, 700),
+    Case("files of one member: read", inputs.shared_member(inputs.files_of_one_member), read, 250_000, 10_000, 700),
+    Case("an image of many layers", inputs.image_of_layers, convert_image, 1_000, 250, 300),
+    Case("an image of too many layers", inputs.image_of_layers, read_image, 5_000, 5_000, 300, "over the limit of"),
+    Case("nested indexes", inputs.nested_indexes, read_image, 2_500, 500, 64, "more than 4 deep"),
+    Case("branching indexes", inputs.branching_indexes, read_image, 16, 16, 200, "documents"),
+    Case("large manifests", inputs.large_manifests, read_image, 50, 20, 500, "documents"),
+    Case("a nested configuration", inputs.nested_configuration, read_image, 100_000, 100_000, 200, "JSON"),
+    Case("archive: members", inputs.archive_of_members, read_image, 15_000, 4_000, 64, "no such image"),
+    Case("archive: records", inputs.archive_of_records, read_image, 200, 20, 100, "no such image"),
+    Case("archive: links", inputs.archive_of_links, read_image, 10_000, 2_500, 64, "more than 8 links"),
+    Case("archive: tags", inputs.archive_of_tags, read_image, 100_000, 25_000, 300, "missing"),
+    Case("archive: branching indexes", inputs.archive_of_indexes, read_image, 25, 16, 200),
+    Case("archive: zeros", inputs.archive_of_zeros, read_image, 512, 64, 64, "no such image"),
+    Case("a challenge", inputs.text(inputs.challenge), challenges, 1_000_000, 100_000, 200),
+    Case("log: lines", inputs.text(inputs.log_lines), access_log, 250_000, 25_000, 400),
+    Case("log: patterns", inputs.text(inputs.log_patterns), access_log, 5_000, 1_000, 200),
+    Case("log: processes", inputs.text(inputs.strace_lines), access_log, 100_000, 10_000, 400),
+]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# measuring
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    seconds: float
+    megabytes: float
+    said: str
+
+
+def forked(work: Callable[[], object]) -> Measured:
+    """Does some work in a child of this process, which has no threads. Raises RuntimeError for a child that dies."""
+    mine, its = os.pipe()
+    child = os.fork()
+    if not child:
+        with os.fdopen(its, "w") as answer:
+            json.dump(_measured(work), answer)
+        os._exit(0)
+    os.close(its)
+    with os.fdopen(mine) as answer:
+        text = answer.read()
+    _, status = os.waitpid(child, 0)
+    if status:
+        raise RuntimeError(f"ended by signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else "ended by itself")
+    return Measured(*json.loads(text))
+
+
+def _measured(work: Callable[[], object]) -> tuple[float, float, str]:
+    for limit, most in ((resource.RLIMIT_CPU, _SECONDS), (resource.RLIMIT_AS, _ADDRESS_SPACE), (resource.RLIMIT_FSIZE, _FILE_SIZE)):
+        resource.setrlimit(limit, (most, most))
+    before, said = _resident("VmRSS"), ""
+    begun = time.process_time()
+    try:
+        work()
+    except EstargzError as error:
+        said = str(error)
+    except BaseException as error:  # noqa: BLE001  whatever it is, it is a defect, and to be told
+        said = f"raises {type(error).__name__}: {error}"
+    return time.process_time() - begun, (_resident("VmHWM") - before) / 1024, said[:2000]
+
+
+def _resident(key: str) -> int:
+    """KiB of memory: now (VmRSS), at its most (VmHWM)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1])
+
+
+def run(case: Case, n: int) -> Measured:
+    """Makes an input and uses it. Raises RuntimeError."""
+    place = Path(tempfile.mkdtemp(prefix="estargz-hostile-"))
+    try:
+        made = forked(lambda: case.make(place / "input", n))
+        if made.said:
+            raise RuntimeError(f"the input cannot be made: {made.said}")
+        return forked(lambda: case.use(place / "input", place))
+    finally:
+        _remove(place)
+
+
+def _remove(place: Path) -> None:
+    """A tree may be deeper than Python's own way to remove it allows."""
+    if os.spawnvp(os.P_WAIT, "rm", ["rm", "-rf", "--", str(place)]):
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def faults(case: Case, n: int, small: Measured, large: Measured) -> Iterator[str]:
+    """What is not as the case states."""
+    for measured, size in ((small, n), (large, 4 * n)):
+        if (case.expect not in measured.said) if case.expect else measured.said:
+            yield f"n={size}: expected {case.expect or 'no error'!r}, found {measured.said[:300]!r}"
+    if large.megabytes > case.megabytes:
+        yield f"n={4 * n}: {large.megabytes:.0f} MB, over {case.megabytes}"
+    growth = large.seconds / max(small.seconds, _FLOOR / MOST_GROWTH)
+    if large.seconds > _FLOOR and growth > MOST_GROWTH:
+        yield f"n={4 * n}: {large.seconds:.2f} s, {growth:.1f} times those of n={n}"
+
+
+def judge(case: Case, quick: bool) -> tuple[list[str], str]:
+    """Its faults, and a line of what it took."""
+    n = case.quick if quick else case.full
+    try:
+        small, large = run(case, n), run(case, 4 * n)
+    except RuntimeError as error:
+        return [str(error)], ""
+    took = f"{case.name}: n={4 * n}: {large.seconds:.2f} s ({small.seconds:.2f} s), {large.megabytes:.0f} MB {large.said[-70:]}"
+    found = list(faults(case, n, small, large))
+    if found:  # another program may have had the caches
+        found = list(faults(case, n, run(case, n), run(case, 4 * n)))
+    return found, took
+
+
+def main() -> int:
+    arguments = outcome.parser("hostile", __doc__)
+    arguments.add_argument("--only", default="", help="cases whose name holds this")
+    options = arguments.parse_args()
+    result = outcome.Outcome("hostile", options.quick)
+    for case in CASES:
+        if options.only not in case.name:
+            continue
+        found, took = judge(case, options.quick)
+        print(took, flush=True)
+        result.count("inputs", 2)
+        for fault in found:
+            result.defect(f"{case.name}: {fault}")
+    return result.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
