@@ -794,7 +794,7 @@ cdef class LayerBuilder:
         memset(&text, 0, sizeof(text))
         self.pipeline.begin_turn()
         code = write_toc_member(self, &text)
-        if code == EST_NO_MEMORY:
+        if code and code != EST_CANCELLED:  # what was cancelled has its reason already
             self.set_failure(code, 0, -1, NULL, 0)
         self.pipeline.end_turn()
         buffer_free(&text)

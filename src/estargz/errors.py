@@ -212,7 +212,7 @@ def from_status(code: int, errno: int = 0, name: str = "", offset: int = -1) -> 
     kind, text, remedy = _STATUS.get(code, (EstargzError, f"unknown status {code} for {{name}}", ""))
     cause = os.strerror(errno) if errno else "unknown cause"
     at = f" (at byte {offset})" if offset >= 0 else ""
-    message = text.format(name=brief(name) or "input", offset=offset, cause=cause, at=at)
+    message = text.format(name=brief(name or "input"), offset=offset, cause=cause, at=at)
     if remedy:
         message += f"; {remedy}"
     error = kind(message)

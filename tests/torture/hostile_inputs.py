@@ -26,7 +26,12 @@ _BLOCK = 512
 
 def head(name: bytes, size: int = 0, kind: bytes = b"0", link: bytes = b"") -> bytes:
     """A ustar header; fields may be filled to their last byte."""
-    parts = [name[:100].ljust(100, b"\0"), b"0000644\x000000000\x000000000\0", b"%011o\x0000000000000\0" % size, b" " * 8]
+    parts = [
+        name[:100].ljust(100, b"\0"),
+        b"0000644\x000000000\x000000000\0",
+        b"%011o\x0000000000000\0" % size,
+        b" " * 8,
+    ]
     block = b"".join([*parts, kind, link[:100].ljust(100, b"\0"), b"ustar\x0000"]).ljust(_BLOCK, b"\0")
     return block[:148] + b"%06o\0 " % sum(block) + block[156:]
 
@@ -133,6 +138,11 @@ def long_names_of_one_entry(n: int) -> Iterator[bytes]:
 def long_names(n: int) -> Iterator[bytes]:
     """Of 60,000 bytes each, 200 to a component."""
     return (named(b"%d/" % i + (b"n" * 199 + b"/") * 300) for i in range(n))
+
+
+def names_of_no_text(n: int) -> Iterator[bytes]:
+    """Of nearly a MiB each."""
+    return (named(b"%d/" % i + b"\xff" * ((1 << 20) - 100)) for i in range(n))
 
 
 def huge_link_targets(n: int) -> Iterator[bytes]:
@@ -333,8 +343,8 @@ def table(pieces: Pieces, payload: bytes = b"") -> Callable[[Path, int], None]:
 
 
 def stated_size(path: Path, n: int) -> None:
-    """A table that claims to have n GiB."""
-    path.write_bytes(gzip.compress(head(b"stargz.index.json", n << 30)) + footer(0))
+    """A table that claims to have more than n GiB."""
+    path.write_bytes(gzip.compress(head(b"stargz.index.json", (n << 30) + 1)) + footer(0))
 
 
 def go_table(entries: Callable[[int], Iterable[str]]) -> Pieces:
@@ -485,7 +495,9 @@ def large_manifests(path: Path, n: int) -> None:
     """n manifests of 4 MB each, that say nothing."""
     store = Store(path)
     rest = {"x": "y" * 4_000_000}
-    images = [store.document("manifest", {"config": store.put("config.v1+json", b"{}"), "n": i, **rest}) for i in range(n)]
+    images = [
+        store.document("manifest", {"config": store.put("config.v1+json", b"{}"), "n": i, **rest}) for i in range(n)
+    ]
     store.close(store.index(*images))
 
 
@@ -560,5 +572,8 @@ def log_patterns(n: int) -> Iterator[bytes]:
 def strace_lines(n: int) -> Iterator[bytes]:
     """Processes that begin, and leave a call unfinished."""
     for i in range(n):
-        yield b'%d clone(flags=CLONE_FS) = %d\n%d openat(AT_FDCWD, "x", O_RDONLY <unfinished ...>\n' % (i + 1, i + 2, i + 1)
-
+        yield b'%d clone(flags=CLONE_FS) = %d\n%d openat(AT_FDCWD, "x", O_RDONLY <unfinished ...>\n' % (
+            i + 1,
+            i + 2,
+            i + 1,
+        )

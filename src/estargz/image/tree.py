@@ -142,7 +142,7 @@ class _Documents:
         self._size += descriptor.size
         if self._count > _MAX_DOCUMENTS or self._size > _MAX_SIZE:
             raise ImageError(
-                f"{self.name}: has over {_MAX_DOCUMENTS} documents, or {_MAX_SIZE} bytes of them; choose a platform, or its digest"
+                f"{self.name}: has over {_MAX_DOCUMENTS} documents, or {_MAX_SIZE} bytes of them; choose a platform"
             )
         return self._source.read(descriptor)
 

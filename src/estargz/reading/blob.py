@@ -133,7 +133,7 @@ class Blob:
         try:
             mtime = modtime_seconds(entry.modtime)
         except ValueError as error:
-            raise BlobError(f"{self.name}: {brief(entry.name)!r}: modtime {error}") from None
+            raise BlobError(f"{self.name}: {brief(entry.name)!r}: modtime {error}; build the blob again") from None
         mode = _TYPE_BITS[entry.type] | entry.mode & 0o7777
         links = 1 + self._hard_links.get(row, 0)
         size = len(entry.link_name.encode()) if entry.type == "symlink" else entry.size

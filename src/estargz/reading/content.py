@@ -119,7 +119,9 @@ class Contents:
 
     def require_digests(self, file: RegularFile) -> None:
         if not file.digest and file.size and not all(chunk.digest for chunk in file.chunks):
-            raise BlobError(f"{self._name}: {brief(file.name)!r} has no digest in the TOC, so its content cannot be trusted")
+            raise BlobError(
+                f"{self._name}: {brief(file.name)!r} has no digest in the TOC, so its content cannot be trusted"
+            )
 
     def _checked(self, file: RegularFile, chunk: Chunk, members: Members) -> bytes:
         def read() -> bytes:

@@ -400,12 +400,14 @@ def _compare(blob: Blob, scan: Scan) -> None:
             continue
         where = f"{blob.name}: entry {index}"
         if toc is None:
-            raise VerificationError(f"{where}: {brief(tar.name)!r} is in the tar and not in the TOC")
+            raise VerificationError(f"{where}: {brief(repr(tar.name))} is in the tar and not in the TOC")
         if tar is None:
-            raise VerificationError(f"{where}: {brief(toc.name)!r} is in the TOC and not in the tar")
+            raise VerificationError(f"{where}: {brief(repr(toc.name))} is in the TOC and not in the tar")
         for field, is_, says in zip(_Facts._fields, tar, toc, strict=True):
             if is_ != says:
-                raise VerificationError(f"{where} {brief(tar.name)!r}: {field}: the tar has {brief(repr(is_))}, the TOC {brief(repr(says))}")
+                raise VerificationError(
+                    f"{where} {brief(repr(tar.name))}: {field}: the tar has {brief(repr(is_))}, the TOC {brief(repr(says))}"
+                )
 
 
 def _toc_facts(blob: Blob) -> Iterator[_Facts]:
@@ -417,7 +419,9 @@ def _toc_facts(blob: Blob) -> Iterator[_Facts]:
             try:
                 times[entry.modtime] = modtime_seconds(entry.modtime)
             except ValueError as error:
-                raise VerificationError(f"{blob.name}: {brief(entry.name)!r}: modtime {error}") from None
+                raise VerificationError(
+                    f"{blob.name}: {brief(entry.name)!r}: modtime {error}; build the blob again"
+                ) from None
         digest = entry.digest or (_EMPTY_DIGEST if entry.type == "reg" and entry.size == 0 else "")
         yield _Facts(
             entry.name,
