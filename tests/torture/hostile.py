@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,7 +38,7 @@ MOST_GROWTH = 6.0
 """For four times the input; what is linear takes 4 to 5 times, by the caches of processors and the doubling of tables."""
 
 _FLOOR = 0.1  # CPU seconds at the larger size, below which growth is noise
-_LIMITS = {resource.RLIMIT_CPU: 300, resource.RLIMIT_AS: 8 << 30, resource.RLIMIT_FSIZE: 8 << 30}
+_LIMITS = {resource.RLIMIT_CPU: 300, resource.RLIMIT_AS: 8 << 30, resource.RLIMIT_FSIZE: 4 << 30}
 _SECONDS = 600  # of wall time, of a step
 
 
@@ -167,8 +168,8 @@ def toc(name: str, pieces: inputs.Pieces, full: int, quick: int, megabytes: int,
 
 
 CASES: list[Case] = [
-    *layer("empty files", inputs.empty_files, 250_000, 10_000, 700),
-    *layer("little files", inputs.little_files, 25_000, 5_000, 200),
+    *layer("empty files", inputs.empty_files, 250_000, 5_000, 700),
+    *layer("little files", inputs.little_files, 25_000, 2_500, 200),
     *layer("files at the end of deep paths", inputs.deep_files, 100, 25, 400),
     *layer("deep directories", inputs.deep_directories, 10_000, 2_500, 200),
     *layer("records of one header", inputs.records_of_one_header, 16_000, 16_000, 100),
@@ -177,7 +178,7 @@ CASES: list[Case] = [
     *layer("records of many headers", inputs.records_of_many_headers, 250_000, 20_000, 600),
     *layer("headers of one entry", inputs.headers_of_one_entry, 100_000, 10_000, 64),
     *layer("long names of one entry", inputs.long_names_of_one_entry, 100_000, 10_000, 64),
-    *layer("long names", inputs.long_names, 200, 50, 400),
+    *layer("long names", inputs.long_names, 200, 20, 400),
     Case(
         "names that JSON makes six times as long: build",
         inputs.plain(inputs.names_of_no_text),
@@ -188,9 +189,9 @@ CASES: list[Case] = [
         "beyond 1 GiB",
     ),
     *layer("huge targets of links", inputs.huge_link_targets, 250, 25, 300, extract="File name too long"),
-    *layer("duplicates", inputs.duplicates, 50_000, 5_000, 300),
-    *layer("whiteouts of nothing", inputs.whiteouts_of_nothing, 100_000, 10_000, 400),
-    *layer("opaque markers", inputs.opaque_markers, 100_000, 10_000, 400),
+    *layer("duplicates", inputs.duplicates, 50_000, 2_500, 300),
+    *layer("whiteouts of nothing", inputs.whiteouts_of_nothing, 100_000, 5_000, 400),
+    *layer("opaque markers", inputs.opaque_markers, 100_000, 5_000, 400),
     *layer("whiteouts of directories", inputs.whiteouts_of_directories, 25_000, 5_000, 300),
     *layer("a chain of hard links", inputs.hard_link_chain, 15_000, 5_000, 300),
     *layer(
@@ -204,12 +205,12 @@ CASES: list[Case] = [
     ),
     *layer("a chain of symlinks", inputs.symlink_chain, 25_000, 5_000, 300),
     *layer("entries below links", inputs.entries_below_links, 25_000, 5_000, 300),
-    *layer("names that collide", inputs.colliding_names, 100_000, 10_000, 400),
+    *layer("names that collide", inputs.colliding_names, 100_000, 5_000, 400),
     *layer("directories that are replaced", inputs.replaced_directories, 50_000, 5_000, 300),
     *layer("zeros", inputs.zeros, 512, 32, 200),
     *layer("zeros behind the end", inputs.zeros_behind_the_end, 512, 32, 200),
     Case("chunks of one byte: build", inputs.plain(inputs.one_file), build_bytewise, 250_000, 10_000, 800),
-    Case("chunks of one byte: verify", inputs.blob(inputs.one_file, chunk_size=1), verify, 250_000, 10_000, 800),
+    Case("chunks of one byte: verify", inputs.blob(inputs.one_file, chunk_size=1), verify, 250_000, 5_000, 800),
     Case("chunks of one byte: read", inputs.blob(inputs.one_file, chunk_size=1), read_file, 250_000, 10_000, 800),
     *stream("empty members", inputs.empty_members, 250_000, 50_000, 64),
     *stream("members of one byte", inputs.members_of_one_byte, 250_000, 50_000, 64),
@@ -257,7 +258,7 @@ CASES: list[Case] = [
     Case("archive: branching indexes", inputs.archive_of_indexes, read_image, 25, 16, 200),
     Case("archive: zeros", inputs.archive_of_zeros, read_image, 512, 64, 64, "no such image"),
     Case("a challenge", inputs.text(inputs.challenge), challenges, 1_000_000, 100_000, 200),
-    Case("log: lines", inputs.text(inputs.log_lines), access_log, 250_000, 25_000, 400),
+    Case("log: lines", inputs.text(inputs.log_lines), access_log, 250_000, 10_000, 400),
     Case("log: patterns", inputs.text(inputs.log_patterns), access_log, 5_000, 1_000, 200),
     Case("log: processes", inputs.text(inputs.strace_lines), access_log, 100_000, 10_000, 400),
 ]
@@ -322,7 +323,7 @@ class Bench:
     def run(self, case: Case, n: int) -> Measured:
         """Uses an input of that size. Raises RuntimeError."""
         path = self._input(case.make, n)
-        scratch = Path(tempfile.mkdtemp(prefix="estargz-hostile-"))
+        scratch = _place()
         try:
             return forked(lambda: case.use(path, scratch))
         finally:
@@ -333,7 +334,7 @@ class Bench:
             self.close()
             self._make = make
         if n not in self._places:
-            self._places[n] = Path(tempfile.mkdtemp(prefix="estargz-hostile-"))
+            self._places[n] = _place()
             made = forked(lambda: make(self._places[n] / "input", n))
             if made.said:
                 raise RuntimeError(f"the input cannot be made: {made.said}")
@@ -343,6 +344,13 @@ class Bench:
         for place in self._places.values():
             _remove(place)
         self._places = {}
+
+
+def _place() -> Path:
+    """An empty directory; in memory if there is room, where no disk's journal adds to what is measured."""
+    memory = Path("/dev/shm")
+    roomy = memory.is_dir() and shutil.disk_usage(memory).free > 2 * _LIMITS[resource.RLIMIT_FSIZE]
+    return Path(tempfile.mkdtemp(prefix="estargz-hostile-", dir=memory if roomy else None))
 
 
 def _remove(place: Path) -> None:
@@ -363,14 +371,20 @@ def faults(case: Case, n: int, small: Measured, large: Measured) -> Iterator[str
         yield f"n={4 * n}: {large.seconds:.2f} s, {growth:.1f} times those of n={n}"
 
 
+def less(one: Measured, other: Measured) -> Measured:
+    """What is sure to be needed of what two runs took."""
+    return Measured(min(one.seconds, other.seconds), min(one.megabytes, other.megabytes), other.said)
+
+
 def judge(bench: Bench, case: Case, quick: bool) -> tuple[list[str], str]:
     """Its faults, and a line of what it took."""
     n = case.quick if quick else case.full
     try:
         small, large = bench.run(case, n), bench.run(case, 4 * n)
         found = list(faults(case, n, small, large))
-        if found:  # another program may have had the caches
-            found = list(faults(case, n, bench.run(case, n), bench.run(case, 4 * n)))
+        if found:  # other programs may have had the caches, and the kernel's locks
+            small, large = less(small, bench.run(case, n)), less(large, bench.run(case, 4 * n))
+            found = list(faults(case, n, small, large))
     except RuntimeError as error:
         return [str(error)], case.name
     took = f"n={4 * n}: {large.seconds:.2f} s ({small.seconds:.2f} s), {large.megabytes:.0f} MB {large.said[-70:]}"
@@ -416,6 +430,7 @@ def main() -> int:
                 result.count("worst inputs", 2)
                 for fault in found:
                     result.defect(f"{name}: {fault}")
+        os.wait()
     for name in sorted(missing):
         result.defect(f"{name}: was not measured")
     return result.close()
