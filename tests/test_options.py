@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import missing
 
-from estargz import UsageError, options
+from estargz import Pool, UsageError, options
 from estargz.options import Options, encoder, parse_size, resolve_level, usable_threads
 
 
@@ -139,6 +140,11 @@ class Machine:
     def cpus(self, count: int) -> None:
         self.patch.setattr(os, "sched_getaffinity", lambda pid: set(range(count)))
 
+    def memory(self, limit: int, used: int) -> None:
+        self.write("/proc/self/cgroup", "7:memory:/build\n")
+        self.write("/sys/fs/cgroup/memory/build/memory.limit_in_bytes", f"{limit}\n")
+        self.write("/proc/self/statm", f"9999999 {used // os.sysconf('SC_PAGE_SIZE') + 50} 50 0 0 0 0\n")
+
     def write(self, path: str, text: str) -> None:
         target = Path(f"{self.folder}{path}")
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -221,3 +227,53 @@ def test_other_controllers_do_not_count(machine: Machine) -> None:
 
 def test_this_machine() -> None:
     assert 1 <= usable_threads() <= len(os.sched_getaffinity(0))
+
+
+# --- a cgroup's memory
+
+
+@pytest.mark.parametrize(
+    ("limit", "compression", "level", "threads", "memory"),
+    [
+        (1 << 40, "estargz", 2, 8, 288),  # more than enough for the usual
+        (512, "estargz", 2, 8, 210),
+        (128, "estargz", 2, 2, 45),
+        (64, "estargz", 2, 1, 20),
+        (64, "zstd", 10, 1, 28),
+        (256, "zstd", 19, 1, 70),
+        (10, "gzip", 12, 1, 16),  # less than the interpreter has: the least that a build needs
+    ],
+)
+def test_share_of_a_cgroups_memory(
+    machine: Machine, limit: int, compression: str, level: int, threads: int, memory: int
+) -> None:
+    machine.cpus(8)
+    machine.memory(limit << 20, used=20 << 20)
+    arguments = Options(compression=compression, level=level).kernel_arguments()
+    assert (arguments["threads"], arguments["memory"] >> 20) == (threads, memory)
+    chosen = Options(compression=compression, level=level, threads=5, memory=99 << 20).kernel_arguments()
+    assert (chosen["threads"], chosen["memory"]) == (5, 99 << 20)
+
+
+def test_pool_in_a_cgroup(machine: Machine) -> None:
+    machine.cpus(8)
+    assert (Pool().threads, Pool().memory >> 20) == (8, 576)
+    machine.memory(256 << 20, used=20 << 20)
+    assert (Pool().threads, Pool().memory >> 20) == (4, 100)
+    assert (Pool(6).threads, Pool(memory=5).memory) == (6, 5)
+
+
+def test_memory_by_cgroup_v2_and_without_a_limit(machine: Machine) -> None:
+    machine.write("/proc/self/statm", "1 1024 0 0 0 0 0\n")
+    machine.write("/proc/self/cgroup", "0::/a/b\n")
+    assert options.memory_room() == math.inf
+    machine.write("/sys/fs/cgroup/a/b/memory.max", "max\n")
+    assert options.memory_room() == math.inf
+    machine.write("/sys/fs/cgroup/a/memory.max", f"{100 << 20}\n")
+    assert options.memory_room() == (100 << 20) - 1024 * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_no_room_for_a_compressor(machine: Machine) -> None:
+    machine.memory(64 << 20, used=20 << 20)
+    with pytest.raises(UsageError, match=r"takes 96 MiB, and the cgroup leaves 44 MiB; choose a lower level"):
+        Options(compression="zstd", level=19).kernel_arguments()

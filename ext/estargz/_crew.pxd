@@ -45,6 +45,7 @@ ctypedef struct crew:
     pthread_mutex_t lock
     pthread_cond_t freed            # builds that wait to join wait here
     pthread_cond_t called           # and threads without a bell here
+    int process                     # that made it: to a child forked from it, it is nothing but memory
     int users                       # who keeps it alive
     int seats, free_seats           # free ones only while nobody waits
     crew_waiter *first_waiter

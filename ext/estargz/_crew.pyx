@@ -17,7 +17,7 @@ from libc.stdlib cimport calloc, free
 
 from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
 from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
-from posix.unistd cimport close, read, write
+from posix.unistd cimport close, getpid, read, write
 
 from estargz._codec cimport compressor, compressor_close, compressor_open
 from estargz._rows cimport EST_NO_MEMORY, EST_OK, EST_POOL_FULL
@@ -62,6 +62,7 @@ cdef class Crew:
         pthread_mutex_init(&c.lock, NULL)
         pthread_cond_init(&c.freed, NULL)
         pthread_cond_init(&c.called, NULL)
+        c.process = getpid()
         c.users = 1
         c.seats = c.free_seats = threads
         c.tools = tools
@@ -101,7 +102,7 @@ cdef void crew_keep(crew *c) noexcept nogil:
 
 cdef void crew_drop(crew *c) noexcept nogil:
     cdef int users
-    if c == NULL:
+    if c == NULL or c.process != getpid():
         return
     pthread_mutex_lock(&c.lock)
     c.users -= 1

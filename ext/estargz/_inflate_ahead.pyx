@@ -33,10 +33,11 @@ from estargz._crew cimport Crew, crew_drop, crew_give, crew_keep, crew_take, cre
 from estargz._inflate cimport (
     HISTORY, KIND_GZIP, decoder_close, decoder_finish, decoder_open, decoder_restart, decoder_run,
 )
-from estargz._rows cimport EST_NO_MEMORY, EST_NO_THREAD, EST_OK, EST_READ
+from estargz._rows cimport EST_FORKED, EST_NO_MEMORY, EST_NO_THREAD, EST_OK, EST_READ
 
 from estargz._inflate import KINDS, stream_error
 from estargz.descriptors import naming
+from estargz.errors import from_status
 
 cdef extern from "<pthread.h>" nogil:
     int pthread_create(pthread_t *thread, void *attributes, void *(*run)(void *) noexcept nogil, void *argument)
@@ -640,8 +641,7 @@ cdef class InflateAhead:
         free(self.threads)
         free(self.a.lanes)
         free(self.a.blocks)
-        if self.process in (-1, getpid()):
-            crew_drop(self.a.crew)
+        crew_drop(self.a.crew)
         if self.a.ready and self.process in (-1, getpid()):
             pthread_cond_destroy(&self.a.news)
             pthread_cond_destroy(&self.a.work)
@@ -745,6 +745,8 @@ cdef class InflateAhead:
             raise ValueError(f"{self.name}: read after close()")
         if self.busy:
             raise RuntimeError(f"{self.name}: read by two threads at once")
+        if self.started and self.process != getpid():
+            raise from_status(EST_FORKED)
         self.busy = True
 
     cdef Py_ssize_t copy_out(self, uint8_t *out, Py_ssize_t room) except -1:

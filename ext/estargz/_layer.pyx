@@ -32,7 +32,7 @@ from estargz._crew cimport Crew
 from estargz._memory cimport buffer, buffer_append, buffer_free, map_free, map_insert
 from estargz._pipeline cimport BATCH_PIECE, STAGE_TOC, Pipeline, batch, chunk_span, file_fill, member_span, set_failure
 from estargz._rows cimport (
-    EST_CANCELLED, EST_NO_MEMORY, EST_OK, EST_READ, EST_RESERVED_NAME, EST_SHRANK, EST_SINK, EST_TAR_DANGLING_META,
+    EST_CANCELLED, EST_FORKED, EST_NO_MEMORY, EST_OK, EST_READ, EST_RESERVED_NAME, EST_SHRANK, EST_SINK, EST_TAR_DANGLING_META,
     EST_TAR_HALF_PADDING, EST_TAR_LONE_ZERO, EST_TAR_TRUNCATED, EST_TOC_SIZE, tar_entry, toc_row,
 )
 from estargz._sha256 cimport sha256_job, sha256_run
@@ -123,6 +123,34 @@ cdef tar_entry small_file(bytes name, int64_t size) noexcept:
     return entry
 
 
+ctypedef struct layer_shape:
+    bint keep_rows              # of a table of contents
+    int64_t chunk_size, member_minimum, member_maximum
+    int64_t batch               # bytes of the stream that a batch has room for
+    int64_t batch_memory        # bytes that a batch takes
+
+
+cdef layer_shape shape_of(str compression, int level, int64_t chunk_size, int64_t min_chunk_size):
+    """How long members and batches get."""
+    cdef layer_shape shape
+    cdef int codec = CODECS[compression]
+    shape.keep_rows = compression in ("estargz", "none")
+    shape.chunk_size = chunk_size if shape.keep_rows else PLAIN_MEMBER
+    shape.member_minimum = plain_member(codec, level)
+    if shape.keep_rows:
+        shape.member_minimum = min_chunk_size if compression == "estargz" else 0
+    shape.member_maximum = shape.member_minimum + shape.chunk_size + RUN_LIMIT
+    # A batch is closed when it has not room for the longest member that may come; small chunks must not close it early.
+    shape.batch = shape.member_maximum + (BATCH_TARGET if shape.member_minimum or shape.chunk_size < BATCH_TARGET else 0)
+    shape.batch_memory = shape.batch * (2 if compresses(codec) else 1)
+    return shape
+
+
+def batch_memory(*, str compression, int level, int64_t chunk_size, int64_t min_chunk_size):
+    """Bytes that one batch of such a layer takes; a build needs two."""
+    return shape_of(compression, level, chunk_size, min_chunk_size).batch_memory
+
+
 cdef class LayerBuilder:
     """Builds one layer from entries or from a tar stream.
 
@@ -134,30 +162,27 @@ cdef class LayerBuilder:
     def __cinit__(self, *, str compression, int level, bint portable, int64_t chunk_size, int64_t min_chunk_size,
                   int threads, int64_t memory, bint producer_helps, write=None, str output="output", progress=None,
                   Crew crew=None, parts=None):
-        cdef size_t capacity
-        cdef int64_t slot_size, slots
+        cdef int64_t slots
         cdef int codec = CODECS[compression]
+        cdef layer_shape shape = shape_of(compression, level, chunk_size, min_chunk_size)
         if portable and codec == CODEC_GZIP:
             codec = CODEC_PORTABLE
         self.indexed = compression == "estargz"
-        self.keep_rows = compression in ("estargz", "none")
-        self.chunk_size = chunk_size if self.keep_rows else PLAIN_MEMBER
-        self.member_minimum = min_chunk_size if self.indexed else 0 if self.keep_rows else plain_member(codec, level)
-        self.member_maximum = self.member_minimum + self.chunk_size + RUN_LIMIT
-        # A batch is closed when it has not room for the longest member that may come; small chunks must not close it early.
-        capacity = self.member_maximum + (BATCH_TARGET if self.member_minimum or self.chunk_size < BATCH_TARGET else 0)
-        if capacity > 0x7FFFFFFF:
+        self.keep_rows = shape.keep_rows
+        self.chunk_size = shape.chunk_size
+        self.member_minimum = shape.member_minimum
+        self.member_maximum = shape.member_maximum
+        if shape.batch > 0x7FFFFFFF:
             raise UsageError("chunk size and minimum chunk size together exceed 2 GiB; choose smaller ones")
-        slot_size = capacity * (2 if compresses(codec) else 1)
-        slots = memory // slot_size
+        slots = memory // shape.batch_memory
         if slots < 2:
             what, remedy = f"chunks of {chunk_size} bytes", ", or smaller chunks"
             if not self.keep_rows:
                 what, remedy = f"compression {compression} at level {level}", ""
             raise UsageError(
-                f"a memory budget of {memory} bytes is too small for {what}: give at least {2 * slot_size} bytes{remedy}"
+                f"a memory budget of {memory} bytes is too small for {what}: give at least {2 * shape.batch_memory} bytes{remedy}"
             )
-        self.pipeline = Pipeline(codec, level, capacity, min(slots, 4 * threads + 4), threads,
+        self.pipeline = Pipeline(codec, level, shape.batch, min(slots, 4 * threads + 4), threads,
                                  producer_helps, self.keep_rows, write, output, progress, MEMBERS_MOST, crew, parts)
         if tar_parser_init(&self.parser) != EST_OK:
             raise MemoryError
@@ -391,6 +416,8 @@ cdef class LayerBuilder:
 
     cdef int take(self) except -1:
         """One caller at a time: two would fill the same batch. To be followed by `leave`."""
+        if self.pipeline.elsewhere():
+            raise from_status(EST_FORKED)
         if self.in_use:
             raise EstargzError("the layer is being written by another thread, or by its own destination")
         self.in_use = True

@@ -130,6 +130,8 @@ cdef class Pipeline:
     cdef readonly size_t raw_capacity
     cdef size_t out_capacity
 
+    cdef int process                     # that began it
+
     cdef crew *crew                      # NULL: none
     cdef crew_member member              # of it
     cdef bint closed
@@ -219,4 +221,5 @@ cdef class Pipeline:
     cdef void close_pipe(self) noexcept nogil
     cdef bint no_signal(self) noexcept with gil
     cdef bint call_back(self) noexcept with gil
+    cdef bint elsewhere(self) noexcept nogil
     cdef void wait_for_progress(self) noexcept nogil

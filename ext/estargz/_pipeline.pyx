@@ -20,7 +20,7 @@ from libc.string cimport memcpy, memset
 
 from posix.stat cimport S_ISREG, fstat, struct_stat
 from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
-from posix.unistd cimport close, pread, write
+from posix.unistd cimport close, getpid, pread, write
 
 from estargz._codec cimport (
     CODEC_COPY, CODEC_NONE, PIECE_MARGIN, compresses, compressor_close, compressor_open, member_bound, member_write, piece_write,
@@ -32,8 +32,8 @@ from estargz._crew cimport (
 from estargz._files cimport directory_cache_close, directory_cache_init, open_cached
 from estargz._memory cimport buffer_append, buffer_free
 from estargz._rows cimport (
-    EST_CANCELLED, EST_GREW, EST_NO_MEMORY, EST_NO_THREAD, EST_OK, EST_OPEN, EST_POOL_FULL, EST_READ, EST_REPLACED, EST_SHRANK, EST_SINK,
-    EST_STAT, EST_WRITE,
+    EST_CANCELLED, EST_FORKED, EST_GREW, EST_NO_MEMORY, EST_NO_THREAD, EST_OK, EST_OPEN, EST_POOL_FULL, EST_READ, EST_REPLACED,
+    EST_SHRANK, EST_SINK, EST_STAT, EST_WRITE,
     chunk_row, est_failure, toc_row,
 )
 from estargz._sha256 cimport sha256_finish, sha256_job, sha256_run, sha256_start, sha256_stream
@@ -149,6 +149,7 @@ cdef class Pipeline:
             self.member.raw_capacity = raw_capacity
             self.member.out_capacity = self.out_capacity if compresses(codec) else 0
             self.member.room = raw_capacity * (2 if compresses(codec) else 1)
+        self.process = getpid()
         self.threads = threads
         self.slot_count = slot_count
         self.producer_helps = producer_helps
@@ -189,6 +190,7 @@ cdef class Pipeline:
 
     def __dealloc__(self):
         cdef int64_t i
+        self.elsewhere()
         if self.slots != NULL:
             self.release()
             for i in range(self.slot_count):
@@ -357,7 +359,27 @@ cdef class Pipeline:
                 self.progress(written)
         except BaseException as error:
             self.interrupt = error
+            self.elsewhere()
             return False
+        return not self.elsewhere()
+
+    cdef bint elsewhere(self) noexcept nogil:
+        """Whether this is a child of the process that began the build, in which none of its other threads exist. A lock that
+        one of them held would stay locked, and what they have of the crew would never come back: so both are left behind."""
+        cdef int64_t i
+        if getpid() == self.process:
+            return False
+        for i in range(self.slot_count if self.crew != NULL and self.slots != NULL else 0):
+            self.slots[i].raw = self.slots[i].out = NULL
+        pthread_mutex_init(&self.lock, NULL)
+        pthread_cond_init(&self.work_or_end, NULL)
+        pthread_cond_init(&self.progress_made, NULL)
+        self.crew = NULL
+        self.running = 0
+        self.cancelled = True
+        if self.failure.code != EST_FORKED:
+            set_failure(&self.failure, EST_FORKED, 0, -1, NULL, 0)
+            self.failed_batch = -1
         return True
 
     cdef void fail(self, const est_failure *failure, int64_t batch_number) noexcept nogil:
@@ -401,12 +423,13 @@ cdef class Pipeline:
     def close(self, bint cancel=False):
         """Ends and joins the workers. cancel: unfinished batches are dropped."""
         cdef int i
+        self.elsewhere()
         with nogil:
             if cancel:
                 self.cancel()
             self.stop()
             pthread_mutex_lock(&self.lock)
-            while self.running:
+            while self.running > 0:
                 pthread_cond_wait(&self.progress_made, &self.lock)
             self.closed = True
             pthread_mutex_unlock(&self.lock)
@@ -911,8 +934,9 @@ cdef class Pipeline:
             PyErr_CheckSignals()
         except BaseException as error:
             self.interrupt = error
+            self.elsewhere()
             return False
-        return True
+        return not self.elsewhere()
 
     cdef int write_object(self, const uint8_t *data, size_t size) noexcept with gil:
         # A copy: the writer may keep what it is given, and the batch will be used again.
@@ -920,8 +944,9 @@ cdef class Pipeline:
             self.sink_write(PyBytes_FromStringAndSize(<const char *>data, size))
         except BaseException as error:
             self.sink_error = error
+            self.elsewhere()
             return EST_SINK
-        return EST_OK
+        return EST_FORKED if self.elsewhere() else EST_OK
 
     # --------------------------------------------------------------------------------------------- results
 

@@ -42,6 +42,7 @@ enum est_status {
     EST_COMPRESS = -52,       /* a library refused its input: a defect, never the input's fault */
 
     EST_NO_THREAD = -53,      /* est_failure.sys_errno says why */
+    EST_FORKED = -54,         /* a build that a process began goes on in that process only */
     EST_POOL_FULL = -55,      /* a pool has no memory for another build of a thread that has one unfinished */
 
     /* compressed input */

@@ -7,6 +7,7 @@ read:  blob -> footer -> table of contents -> entry -> chunk -> member -> verifi
 
 from __future__ import annotations
 
+from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,20 @@ if TYPE_CHECKING:
     from estargz.writing.writer import Compressor, Writer
 
 __version__ = "0.1.0"
+
+
+def _refuse_subinterpreters() -> None:
+    """The compiled stages have one state a process, and call back by what belongs to the main interpreter."""
+    for name in ("_interpreters", "_xxsubinterpreters"):  # from CPython 3.13 on, and before
+        with suppress(ImportError):
+            interpreters = import_module(name)
+            if interpreters.get_current() != interpreters.get_main():
+                raise EstargzError(
+                    "estargz runs in a process's main interpreter only, and this is a subinterpreter; use threads or "
+                    "processes (of mod_wsgi: WSGIApplicationGroup %{GLOBAL})"
+                )
+            return
+
 
 __all__ = [
     "AccessLog",
@@ -112,6 +127,7 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _refuse_subinterpreters()
     value = getattr(import_module(_LAZY[name]), name)
     globals()[name] = value
     return value

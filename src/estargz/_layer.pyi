@@ -5,6 +5,8 @@ from typing_extensions import Buffer
 
 from estargz._crew import Crew
 
+def batch_memory(*, compression: str, level: int, chunk_size: int, min_chunk_size: int) -> int: ...
+
 class LayerBuilder:
     def __init__(
         self,

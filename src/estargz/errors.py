@@ -157,6 +157,11 @@ _STATUS: dict[int, tuple[type[EstargzError], str, str]] = {
     -50: (SinkError, "{name}: cannot be written: {cause}", "free some space or check the destination"),
     -52: (EstargzError, "the compressor failed at byte {offset}", "this is a defect of estargz or its libraries"),
     -53: (EstargzError, "no further thread can be started: {cause}", "lower --threads, or raise the limit of processes"),
+    -54: (
+        EstargzError,
+        "the build was begun by another process, whose threads are not here",
+        "begin it after fork(), or leave it to the process that began it",
+    ),
     -55: (
         UsageError,
         "the pool's memory is used up, and the thread that would wait for it has another layer unfinished",

@@ -1,4 +1,4 @@
-"""Options that every way of building shares: their defaults, limits, and the machine's share of threads."""
+"""Options that every way of building shares: their defaults, limits, and the machine's share of threads and memory."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ __all__ = [
     "MAX_ZSTD_LEVEL",
     "Options",
     "Progress",
+    "affordable",
     "check_range",
     "encoder",
+    "memory_room",
     "parse_size",
     "resolve_level",
     "usable_threads",
@@ -55,6 +57,11 @@ MAX_CHUNK_SIZE = 1 << 30
 MAX_THREADS = 1024
 MAX_MEMORY = 1 << 50
 
+_ISAL_STATE = 9 << 20
+"""The most that a compressor of ISA-L's or libdeflate's takes, of any level."""
+_ZSTD_STATES = {19: 96 << 20, 11: 56 << 20, 10: 32 << 20, 5: 16 << 20, 1: 4 << 20}
+"""Level -> the same for libzstd, from that level on: measured with the frames that are written here."""
+
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _SIZE = re.compile(r"\s*([0-9]{1,20})\s*([kmgt]?)(?:ib|b)?\s*", re.IGNORECASE)
 _CGROUP = re.compile(r"^[^:\n]*:([^:\n]*):(.*)$", re.MULTILINE)
@@ -72,17 +79,17 @@ def parse_size(text: str) -> int:
     return int(match[1]) * _UNITS[match[2].lower()]
 
 
-def _cgroup_folders() -> list[Path]:
-    """The cgroup folders that bound this process's CPU time, innermost first; none outside Linux or without /sys."""
+def _cgroup_folders(controller: str) -> list[Path]:
+    """The cgroup folders that bound what this process has of something, innermost first; none without /proc and /sys."""
     try:
         text = os.fsdecode(Path("/proc/self/cgroup").read_bytes())  # names may be no UTF-8
     except OSError:
         return []
     folders: list[Path] = []
     for controllers, path in _CGROUP.findall(text):
-        if controllers and "cpu" not in controllers.split(","):
+        if controllers and controller not in controllers.split(","):
             continue
-        root = Path("/sys/fs/cgroup") / ("cpu" if controllers else "")
+        root = Path("/sys/fs/cgroup") / (controller if controllers else "")
         inner = root / path.lstrip("/")
         folders += [folder for folder in (inner, *inner.parents) if folder.is_relative_to(root)]
     return folders
@@ -104,9 +111,48 @@ def _quota(folder: Path) -> float:
 def usable_threads() -> int:
     """Threads worth starting: the CPUs this process may run on, or its cgroup's quota, whichever is less; at least 1."""
     cpus: float = len(os.sched_getaffinity(0))
-    for folder in _cgroup_folders():
+    for folder in _cgroup_folders("cpu"):
         cpus = min(cpus, _quota(folder))
     return max(1, math.ceil(cpus))
+
+
+def _memory_limit(folder: Path) -> float:
+    """Bytes that a cgroup may use; infinite when it says nothing."""
+    try:
+        file = folder / "memory.max"
+        text = (file if file.exists() else folder / "memory.limit_in_bytes").read_text().strip()
+        return int(text)
+    except (OSError, ValueError):  # "max"
+        return math.inf
+
+
+def memory_room() -> float:
+    """Bytes that this process may take beside what it has: by its cgroups, infinite without a limit. Page cache counts in a
+    cgroup too, but gives way."""
+    limit = min(map(_memory_limit, _cgroup_folders("memory")), default=math.inf)
+    if limit >= MAX_MEMORY:
+        return math.inf
+    resident, of_files = map(int, Path("/proc/self/statm").read_text().split()[1:3])
+    return max(0, limit - (resident - of_files) * os.sysconf("SC_PAGE_SIZE"))
+
+
+def affordable(threads: int, memory: int, batch: int, compressor: int = _ISAL_STATE) -> tuple[int, int]:
+    """As many of ``threads`` and as much of ``memory`` as this process's room has a place for, but no less than one thread
+    and two batches: half of it for the threads' compressors and a batch each, then half of the rest for all batches.
+
+    Raises:
+        UsageError: there is no room for a single compressor.
+    """
+    room = memory_room()
+    if room == math.inf:
+        return threads, memory
+    if compressor > max(room, _ISAL_STATE):
+        raise UsageError(
+            f"this level's compressor takes {compressor >> 20} MiB, and the cgroup leaves {int(room) >> 20} MiB; "
+            "choose a lower level, or raise the limit"
+        )
+    threads = max(1, min(threads, int(room) // 2 // (compressor + batch)))
+    return threads, max(2 * batch, min(memory, (int(room) - threads * compressor) // 2))
 
 
 def resolve_level(compression: str, level: int | None = None, *, portable: bool = False) -> int:
@@ -165,9 +211,10 @@ class Options:
     """The same bytes on every CPU: levels 1..3 of estargz and gzip are libdeflate's, too, 1 is the default, and there is no 0.
     All others are portable anyway (docs/reproducible.md)."""
     threads: int | None = None
-    """1..1024; None: ``usable_threads()``."""
+    """1..1024; None: ``usable_threads()``, fewer where the cgroup's memory does not suffice for their compressors."""
     memory: int | None = None
-    """Bytes that batches under way may take; None: 32 MiB and 32 MiB for each thread, more for large chunks."""
+    """Bytes that batches under way may take; None: 32 MiB and 32 MiB for each thread, more for large chunks, less in a cgroup
+    that has less."""
     progress: Progress | None = None
     pool: Pool | None = None
     """What is shared with builds that run at the same time: ``threads`` and ``memory`` are then the most that this one takes of
@@ -193,19 +240,39 @@ class Options:
 
     def kernel_arguments(self) -> dict[str, Any]:
         """The keyword arguments of the builder kernel."""
-        threads, memory = self.threads or usable_threads(), self.memory
-        if self.pool is not None:
-            threads = min(self.threads or self.pool.threads, self.pool.threads)
-            memory = min(self.memory or self.pool.memory, self.pool.memory)
-        slot = 2 * (self.chunk_size + self.min_chunk_size + (4 << 20))
-        return {
+        shape = {
             "compression": self.compression,
             "level": resolve_level(self.compression, self.level, portable=self.portable),
-            "portable": self.portable,
             "chunk_size": self.chunk_size,
             "min_chunk_size": self.min_chunk_size,
+        }
+        threads, memory = self._share(**shape)
+        return {
+            **shape,
+            "portable": self.portable,
             "threads": threads,
-            "memory": memory or max((32 << 20) * (threads + 1), slot * (threads + 1)),
+            "memory": memory,
             "progress": self.progress,
             "crew": self.pool.crew if self.pool is not None else None,
         }
+
+    def _share(self, **shape: Any) -> tuple[int, int]:
+        """Threads and memory: as they were asked for, the most of the pool, or what this machine has for a build alone."""
+        if self.pool is not None:
+            threads = min(self.threads or self.pool.threads, self.pool.threads)
+            return threads, min(self.memory or self.pool.memory, self.pool.memory)
+        threads = self.threads or usable_threads()
+        slot = 2 * (self.chunk_size + self.min_chunk_size + (4 << 20))
+        memory = self.memory or max(32 << 20, slot) * (threads + 1)
+        if self.threads and self.memory:
+            return threads, memory
+        from estargz._layer import batch_memory  # only when asked: the compiled stages are slow to load
+
+        fewer, less = affordable(threads, memory, batch_memory(**shape), self._compressor_size())
+        return self.threads or fewer, self.memory or less
+
+    def _compressor_size(self) -> int:
+        if self.compression != "zstd":
+            return 0 if self.compression == "uncompressed" else _ISAL_STATE
+        level = resolve_level("zstd", self.level)
+        return next(size for least, size in _ZSTD_STATES.items() if level >= least)

@@ -23,7 +23,7 @@ from estargz._inflate_ahead import InflateAhead
 from estargz.descriptors import naming, open_folder, quietly
 from estargz.digest import parse_digest
 from estargz.errors import BlobError, UsageError, VerificationError
-from estargz.options import MAX_THREADS, Progress, usable_threads
+from estargz.options import MAX_THREADS, Progress, affordable, usable_threads
 from estargz.reading.blob import begins_like_tar
 from estargz.reading.footer import footer_of
 from estargz.reading.source import RangeReader, Readable, Source, Window, blob_errors, is_url, open_source
@@ -32,6 +32,7 @@ __all__ = ["Extracted", "extract"]
 
 _ENTRIES_MOST = 10_000_000  # as many as a table of contents may have (Limits.entries)
 _HANDLES_MOST = 512  # directories kept open
+_THREAD_MEMORY = 8 << 20
 _PREFIX = 512  # bytes of a pipe to tell its kind by
 _SKIPPED = {  # skip_reason in ext/estargz/_place.pxd
     1: "a device needs root and its owners",
@@ -90,7 +91,7 @@ def extract(
             names what was left out.
         xattrs: set extended attributes.
         threads: 1..1024, None for the CPUs this process may use. Never changes the result.
-        memory: bytes that parts of the layers under way may take, None for a default by threads.
+        memory: bytes that parts of the layers under way may take, None for a default by threads and the cgroup's memory.
         max_size: most bytes of all files.
         max_entries: most entries of all layers, and parent directories that none of them states; None for any number.
         diff_ids: for each layer "sha256:..." that the whole inflated stream must have, a table of contents included;
@@ -117,7 +118,9 @@ def extract(
         _check(name, value, 1, most)
     for name, value in (("max_size", max_size), ("max_entries", max_entries)):
         _check(name, value, 0, (1 << 63) - 1)
-    threads = threads or usable_threads()
+    count = threads or usable_threads()
+    fewer, less = affordable(count, (16 + 8 * count) << 20, _THREAD_MEMORY, 0)
+    threads, memory = threads or fewer, memory or less
     with _open_directory(directory) as (root, made), ExitStack() as undone:
         extractor = Extractor(
             root,
@@ -128,7 +131,7 @@ def extract(
             gid=os.getegid(),
             umask=_umask(),
             threads=threads,
-            memory=memory or (16 + 8 * threads) << 20,
+            memory=memory,
             handles=_handles(),
             max_size=max_size,
             max_entries=max_entries,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 from estargz._crew import Crew
-from estargz.options import MAX_MEMORY, MAX_THREADS, check_range, usable_threads
+from estargz.options import MAX_MEMORY, MAX_THREADS, affordable, check_range, usable_threads
 
 __all__ = ["Pool"]
 
 DEFAULT_MEMORY = 64 << 20
+_BATCH = 15 << 20
+"""What a batch takes with the default options of any compression."""
 
 
 class Pool:
@@ -22,34 +26,42 @@ class Pool:
     Not counted: who copies a plain tar into batches, who writes to a pipe or an object, the memory of what is inflated ahead
     (2 MiB a build, 8 MiB and more with more than four threads), and the compressors, of which there are as many as threads.
 
-    Nothing needs to be closed: without builds a pool holds neither threads nor memory.
+    Nothing needs to be closed: without builds a pool holds neither threads nor memory. In a child that was forked it is a pool
+    of the child's own, whatever the parent is building.
 
     Args:
-        threads: 1..1024, None for the CPUs this process may use.
-        memory: bytes, None for 64 MiB and 64 MiB more for each thread.
+        threads: 1..1024, None for the CPUs this process may use, or fewer where a cgroup has no memory for them.
+        memory: bytes, None for 64 MiB and 64 MiB more for each thread, or less in a cgroup that has less.
 
     Raises:
         UsageError: a value is out of its range.
     """
 
     def __init__(self, threads: int | None = None, memory: int | None = None) -> None:
-        threads = usable_threads() if threads is None else threads
-        check_range("threads", threads, 1, MAX_THREADS)
-        memory = DEFAULT_MEMORY * (threads + 1) if memory is None else memory
+        count = usable_threads() if threads is None else threads
+        check_range("threads", count, 1, MAX_THREADS)
+        fewer, less = affordable(count, DEFAULT_MEMORY * (count + 1), _BATCH)
+        threads = fewer if threads is None else threads
+        memory = less if memory is None else memory
         check_range("memory", memory, 1, MAX_MEMORY)
-        self._crew = Crew(threads, memory)
+        self._crews = {os.getpid(): Crew(threads, memory)}
 
     @property
     def threads(self) -> int:
         """How many compute at once."""
-        return self._crew.threads
+        return self.crew.threads
 
     @property
     def memory(self) -> int:
         """Bytes of data under way, in all."""
-        return self._crew.memory
+        return self.crew.memory
 
     @property
     def crew(self) -> Crew:
-        """The same for the kernels."""
-        return self._crew
+        """The same for the kernels: of each process its own, for what a parent's threads have taken never comes back here."""
+        process = os.getpid()
+        crew = self._crews.get(process)
+        if crew is None:
+            parents = next(iter(self._crews.values()))
+            crew = self._crews.setdefault(process, Crew(parents.threads, parents.memory))
+        return crew

@@ -47,6 +47,7 @@ class PathSink:
         self._temporary: Path | None = None
         self._in_place = False
         self.fd = -1  # none is open
+        self._process = os.getpid()
         try:
             self.fd = self._open()
         except OSError as error:
@@ -122,11 +123,11 @@ class PathSink:
         return temporary
 
     def discard(self) -> None:
-        """Leaves nothing behind."""
+        """Leaves nothing behind. In a child that was forked meanwhile: nothing of its own, for the file is its parent's."""
         with suppress(OSError):
             self._close()
         temporary, self._temporary = self._temporary, None
-        if temporary is not None:
+        if temporary is not None and self._process == os.getpid():
             with suppress(OSError):  # the error that led here is the one to tell
                 temporary.unlink()
 
