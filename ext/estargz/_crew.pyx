@@ -15,7 +15,6 @@ from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t
 from libc.stdlib cimport calloc, free
 
-from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
 from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 from posix.unistd cimport close, getpid, read, write
 
@@ -34,6 +33,10 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_cond_wait(pthread_cond_t *condition, pthread_mutex_t *mutex)
     int pthread_cond_timedwait(pthread_cond_t *condition, pthread_mutex_t *mutex, const timespec *until)
     int pthread_cond_broadcast(pthread_cond_t *condition)
+
+cdef extern from "pages.h" nogil:
+    void *est_new_pages(size_t size)
+    void est_free_pages(void *pages, size_t size)
 
 cdef extern from "<fcntl.h>" nogil:
     enum: O_CLOEXEC
@@ -394,20 +397,13 @@ cdef bint reuse_room(crew *c, const crew_member *m, uint8_t **raw, uint8_t **out
 cdef int new_room(crew *c, const crew_member *m, uint8_t **raw, uint8_t **out) noexcept nogil:
     while c.rooms != NULL and c.lent + c.idle + m.room > c.memory:
         free_room(c)
-    raw[0] = new_pages(m.raw_capacity)
-    out[0] = new_pages(m.out_capacity) if raw[0] != NULL and m.out_capacity else NULL
+    raw[0] = <uint8_t *>est_new_pages(m.raw_capacity)
+    out[0] = <uint8_t *>est_new_pages(m.out_capacity) if raw[0] != NULL and m.out_capacity else NULL
     if raw[0] != NULL and (out[0] != NULL or not m.out_capacity):
         return EST_OK
-    if raw[0] != NULL:
-        munmap(raw[0], m.raw_capacity)
+    est_free_pages(raw[0], m.raw_capacity)
     raw[0] = NULL
     return EST_NO_MEMORY
-
-
-cdef uint8_t *new_pages(size_t size) noexcept nogil:
-    """Memory that goes back to the system when it is freed. The allocator would keep it, for each thread apart."""
-    cdef void *pages = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
-    return NULL if pages == MAP_FAILED else <uint8_t *>pages
 
 
 cdef void free_room(crew *c) noexcept nogil:
@@ -415,5 +411,5 @@ cdef void free_room(crew *c) noexcept nogil:
     c.rooms = room.next
     c.idle -= room.room
     if room.out_capacity:
-        munmap(room.out, room.out_capacity)
-    munmap(room, room.raw_capacity)
+        est_free_pages(room.out, room.out_capacity)
+    est_free_pages(room, room.raw_capacity)

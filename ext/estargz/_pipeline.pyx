@@ -65,6 +65,10 @@ cdef extern from "glance.h" nogil:
     bint est_glance(const bint *place)
     void est_show(bint *place, bint value)
 
+cdef extern from "pages.h" nogil:
+    void *est_new_pages(size_t size)
+    void est_free_pages(void *pages, size_t size)
+
 cdef extern from "files.h" nogil:
     void est_start_writeback(int handle, int64_t offset, int64_t size)
     bint est_is_stream(int handle)
@@ -194,7 +198,7 @@ cdef class Pipeline:
         if self.slots != NULL:
             self.release()
             for i in range(self.slot_count):
-                free_batch(&self.slots[i])
+                free_batch(&self.slots[i], self.raw_capacity, self.out_capacity)
         if self.workers != NULL:
             for i in range(self.worker_count):
                 if self.workers[i].opened:
@@ -366,11 +370,8 @@ cdef class Pipeline:
     cdef bint elsewhere(self) noexcept nogil:
         """Whether this is a child of the process that began the build, in which none of its other threads exist. A lock that
         one of them held would stay locked, and what they have of the crew would never come back: so both are left behind."""
-        cdef int64_t i
         if getpid() == self.process:
             return False
-        for i in range(self.slot_count if self.crew != NULL and self.slots != NULL else 0):
-            self.slots[i].raw = self.slots[i].out = NULL
         pthread_mutex_init(&self.lock, NULL)
         pthread_cond_init(&self.work_or_end, NULL)
         pthread_cond_init(&self.progress_made, NULL)
@@ -1005,9 +1006,9 @@ def own_pipe(fd):
 cdef bint open_batch(batch *b, size_t raw_capacity, size_t out_capacity, int codec) noexcept nogil:
     """An empty batch with its memory; memory once taken is used again."""
     if b.raw == NULL:
-        b.raw = <uint8_t *>malloc(raw_capacity)
+        b.raw = <uint8_t *>est_new_pages(raw_capacity)
     if b.out == NULL and compresses(codec):
-        b.out = <uint8_t *>malloc(out_capacity)
+        b.out = <uint8_t *>est_new_pages(out_capacity)
     b.kind = BATCH_MEMBERS
     b.raw_size = 0
     b.out_size = 0
@@ -1022,9 +1023,9 @@ cdef bint open_batch(batch *b, size_t raw_capacity, size_t out_capacity, int cod
     return b.raw != NULL and (b.out != NULL or not compresses(codec))
 
 
-cdef void free_batch(batch *b) noexcept nogil:
-    free(b.raw)
-    free(b.out)
+cdef void free_batch(batch *b, size_t raw_capacity, size_t out_capacity) noexcept nogil:
+    est_free_pages(b.raw, raw_capacity)
+    est_free_pages(b.out, out_capacity)
     buffer_free(&b.members)
     buffer_free(&b.chunks)
     buffer_free(&b.fills)
