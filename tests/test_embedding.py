@@ -30,8 +30,9 @@ from tars import END, blob_of, entry, in_thread, nothing_leaks
 from trees import Tree
 
 import estargz
-from estargz import EstargzError, Pool, Writer
+from estargz import EstargzError, Pool, VariantStore, Writer
 from estargz._inflate_ahead import InflateAhead
+from estargz.errors import CacheError
 
 pytestmark = [
     pytest.mark.timeout(60),
@@ -335,6 +336,24 @@ def test_compressed_tar_that_the_parent_reads() -> None:
 
         in_child(read_on)
         assert first + stream.read() == TAR
+
+
+def test_cache_of_the_parent(tmp_path: Path) -> None:
+    """Its locks and its tables' connection are the parent's, also when the child lets go of it."""
+    estargz.Image.new("linux/amd64").append(io.BytesIO(TAR)).export(
+        f"type=oci,tar=false,dest={tmp_path}/image,name=a:1"
+    )
+
+    def misuse() -> None:
+        with pytest.raises(CacheError, match=r"opened by another process; open the cache after fork"):
+            cache.usage()
+        cache.close()
+
+    with VariantStore(tmp_path / "cache") as cache:
+        estargz.convert(f"oci:{tmp_path}/image", f"oci:{tmp_path}/out:1", compression="zstd", cache=cache)
+        in_child(misuse)
+        assert [usage.in_use for usage in cache.usage()] == [True]
+        assert cache.prune(keep_storage=0) == []
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])

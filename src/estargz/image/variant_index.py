@@ -66,6 +66,7 @@ class VariantIndex:
         self._path = directory / "index.sqlite"
         self._locks = directory / "locks"
         self._sleep = sleep
+        self._process = os.getpid()
         self._thread_lock = threading.Lock()
         self._holder: tuple[Path, int] | None = None  # this object's lock: its file and handle
         self._locks.mkdir(mode=0o700, exist_ok=True)
@@ -100,6 +101,8 @@ class VariantIndex:
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """Nobody else writes meanwhile; all is undone when the block raises. Transactions are not nested."""
+        if self._process != os.getpid():
+            raise CacheError(f"{self._path}: was opened by another process; open the cache after fork()")
         with self._thread_lock, self._translated():
             self._database.execute("BEGIN IMMEDIATE")
             try:
@@ -143,7 +146,9 @@ class VariantIndex:
             _unlock(path, handle)
 
     def close(self) -> None:
-        """Ends all use."""
+        """Ends all use. In a child that was forked meanwhile it does nothing: the locks are its parent's."""
+        if self._process != os.getpid():
+            return
         with closing(self._database), suppress(CacheError):
             if self._holder is not None:
                 (path, handle), self._holder = self._holder, None
