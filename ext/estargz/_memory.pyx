@@ -81,7 +81,7 @@ cdef uint64_t hash_bytes(const uint8_t *data, size_t size) noexcept nogil:
         v[3] ^= word
         sip_round(v)
         v[0] ^= word
-    if size > whole:
+    if size > whole:  # of no bytes there may be no address
         memcpy(&last, data + whole, size - whole)
     v[3] ^= last
     sip_round(v)

@@ -384,11 +384,13 @@ cdef class TarOrder:
                 )
 
     cdef str name_of(self, int64_t index):
+        cdef map_slot *slot
         cdef size_t i
         for i in range(self.names.capacity):
-            if self.names.slots[i].used and self.names.slots[i].value == index:
-                return self.names.keys.data[self.names.slots[i].key_at:][:self.names.slots[i].key_size].decode(
-                    "utf-8", "backslashreplace")
+            slot = &self.names.slots[i]
+            if slot.used and slot.value == index:
+                # A slice without an end would be read up to a NUL, which keys do not have.
+                return self.names.keys.data[slot.key_at:slot.key_at + slot.key_size].decode("utf-8", "backslashreplace")
         return "input"
 
     # --------------------------------------------------------------------------------------------- the order

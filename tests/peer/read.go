@@ -315,44 +315,49 @@ func runTarList(args []string) error {
 	}
 	return writeTo("-", func(w io.Writer) error {
 		lines := json.NewEncoder(w)
-		for tr := tar.NewReader(bufio.NewReaderSize(in, 128<<10)); ; {
-			h, err := tr.Next()
-			if err == io.EOF {
-				return nil
-			}
-			if err != nil && !errors.Is(err, tar.ErrInsecurePath) {
-				return err
-			}
-			e := tarEntry{
-				Name: []byte(h.Name), Type: string(h.Typeflag), Linkname: []byte(h.Linkname),
-				Size: h.Size, Mode: h.Mode, UID: h.Uid, GID: h.Gid, Uname: h.Uname, Gname: h.Gname,
-				ModTime: h.ModTime.Unix(), Nanos: h.ModTime.Nanosecond(),
-				Access: timeText(h.AccessTime), Change: timeText(h.ChangeTime),
-				DevMajor: h.Devmajor, DevMinor: h.Devminor, Format: h.Format.String(),
-			}
-			for key, value := range h.PAXRecords {
-				if name, ok := strings.CutPrefix(key, "SCHILY.xattr."); ok {
-					if e.Xattrs == nil {
-						e.Xattrs = map[string][]byte{}
-					}
-					e.Xattrs[name] = []byte(value)
-				} else {
-					if e.Records == nil {
-						e.Records = map[string][]byte{}
-					}
-					e.Records[key] = []byte(value)
+		return eachEntry(bufio.NewReaderSize(in, 128<<10), func(e *tarEntry) error { return lines.Encode(e) })
+	})
+}
+
+// eachEntry reads a tar to its end.
+func eachEntry(in io.Reader, use func(*tarEntry) error) error {
+	for tr := tar.NewReader(in); ; {
+		h, err := tr.Next()
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil && !errors.Is(err, tar.ErrInsecurePath) {
+			return err
+		}
+		e := &tarEntry{
+			Name: []byte(h.Name), Type: string(h.Typeflag), Linkname: []byte(h.Linkname),
+			Size: h.Size, Mode: h.Mode, UID: h.Uid, GID: h.Gid, Uname: h.Uname, Gname: h.Gname,
+			ModTime: h.ModTime.Unix(), Nanos: h.ModTime.Nanosecond(),
+			Access: timeText(h.AccessTime), Change: timeText(h.ChangeTime),
+			DevMajor: h.Devmajor, DevMinor: h.Devminor, Format: h.Format.String(),
+		}
+		for key, value := range h.PAXRecords {
+			if name, ok := strings.CutPrefix(key, "SCHILY.xattr."); ok {
+				if e.Xattrs == nil {
+					e.Xattrs = map[string][]byte{}
 				}
-			}
-			if h.Typeflag == tar.TypeReg {
-				sum := newHasher()
-				if _, err := io.Copy(sum, tr); err != nil {
-					return err
+				e.Xattrs[name] = []byte(value)
+			} else {
+				if e.Records == nil {
+					e.Records = map[string][]byte{}
 				}
-				e.Digest = sum.digest()
-			}
-			if err := lines.Encode(e); err != nil {
-				return err
+				e.Records[key] = []byte(value)
 			}
 		}
-	})
+		if h.Typeflag == tar.TypeReg {
+			sum := newHasher()
+			if _, err := io.Copy(sum, tr); err != nil {
+				return err
+			}
+			e.Digest = sum.digest()
+		}
+		if err := use(e); err != nil {
+			return err
+		}
+	}
 }

@@ -70,6 +70,16 @@ func openShelf(blob, external string) (*shelf, error) {
 	if err != nil {
 		return nil, err
 	}
+	s, err := newShelf(sr, external)
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	s.file = f
+	return s, nil
+}
+
+func newShelf(sr *io.SectionReader, external string) (*shelf, error) {
 	formats := []estargz.Decompressor{new(zstdchunked.Decompressor)}
 	if external != "" {
 		read := func() ([]byte, error) { return os.ReadFile(external) }
@@ -77,16 +87,14 @@ func openShelf(blob, external string) (*shelf, error) {
 	}
 	r, err := estargz.Open(sr, estargz.WithDecompressors(formats...))
 	if err != nil {
-		f.Close()
 		return nil, err
 	}
 	// The reader keeps the order of its entries to itself: take it from the TOC once more.
 	toc, err := storedTOC(sr, append(formats, new(estargz.GzipDecompressor), new(estargz.LegacyGzipDecompressor)))
 	if err != nil {
-		f.Close()
 		return nil, err
 	}
-	return &shelf{Reader: r, toc: toc, file: f}, nil
+	return &shelf{Reader: r, toc: toc}, nil
 }
 
 func (s *shelf) Close() error { return s.file.Close() }

@@ -162,9 +162,21 @@ def _fold(pairs: list[tuple[str, Any]]) -> _Pairs:
     for key, value in pairs:
         known = _FOLDED.get(key.replace("\u017f", "s").replace("\u212a", "k").lower())
         if known is not None and value is not None:
+            if known in folded:
+                _expect_valid(folded, known)  # as Go does, before what comes later takes its place
             folded[known] = value
     folded.verbatim = dict(pairs)
     return folded
+
+
+def _expect_valid(value: _Pairs, key: str) -> None:
+    if key == "xattrs":
+        _xattrs(value)
+    elif key == "entries":
+        for item in _typed(value, key, []):
+            _entry(item)
+    else:
+        _typed(value, key, _ZERO.get(key, 0))
 
 
 def _typed(value: dict[str, Any], key: str, zero: Any) -> Any:

@@ -81,11 +81,15 @@ class Peer:
 
     def ask(self, data: bytes) -> Any:
         """What Go makes of it; None when it refuses it."""
+        return self.answer(data).get("found")
+
+    def answer(self, data: bytes) -> dict[str, Any]:
+        """The same as "found", or the reason why it refuses as "error"."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(struct.pack(">I", len(data)) + data)
         self._process.stdin.flush()
-        answer = json.loads(self._process.stdout.readline())
-        return None if "error" in answer else answer["found"]
+        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
+        return answer
 
 
 @cache
