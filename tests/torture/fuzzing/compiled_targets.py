@@ -55,10 +55,10 @@ def go(kind: str, data: bytes) -> tuple[list[dict[str, Any]], str]:
     return answer.get("found") or [], answer.get("error", "")
 
 
-def attempt(call: Callable[[], Answer]) -> tuple[Answer | None, Refused]:
+def attempt(call: Callable[..., Answer], *arguments: Any, **options: Any) -> tuple[Answer | None, Refused]:
     """What a call gives, or why it refuses."""
     try:
-        return call(), None
+        return call(*arguments, **options), None
     except EstargzError as error:
         return None, error
 
@@ -104,7 +104,7 @@ def folder() -> Iterator[Path]:
 
 def check_tar(data: bytes) -> None:
     """The parser, the scan, Go and tarfile agree on an input; clamped times change nothing else."""
-    entries, refused = attempt(lambda: _tar.parse(data))
+    entries, refused = attempt(_tar.parse, data)
     theirs, error = go("tar", data)
     if refused is not None or entries is None:
         assert error or stricter(str(refused), data, theirs), f"Go takes what is refused: {refused}"
@@ -153,22 +153,19 @@ def stricter(refusal: str, data: bytes, theirs: list[dict[str, Any]]) -> bool:
     types = {entry["type"] for entry in theirs}
     if "entry type" in refusal or "sparse entry" in refusal:
         return not types <= set("0123456") or b"GNU.sparse." in data
-    if "extended header over 1 MiB" in refusal or "extended header without an entry" in refusal:
-        return True
-    return "the tar stream ends too early" in refusal and ends_in_extended_header(data)
+    cut = "the tar stream ends too early" in refusal or "extended header without an entry" in refusal
+    return cut and ends_in_extended_header(data)
 
 
 def ends_in_extended_header(data: bytes) -> bool:
-    """Go passes over an extended header whose end or entry is missing."""
-    kinds = {
-        data[at + 156 : at + 157] for at in range(0, len(data) - 256, 512) if data[at + 257 : at + 262] == b"ustar"
-    }
-    return bool(kinds & {b"x", b"L", b"K", b"g"})
+    """Go passes over an extended header whose end or entry is missing, as the last thing in a tar."""
+    last = next(at for at in range(len(data) // 512 * 512, -1, -512) if attempt(_tar.parse, data[:at])[0] is not None)
+    return data[last + 156 : last + 157] in (b"x", b"L", b"K")
 
 
 def check_scan(data: bytes, entries: list[_tar.Entry] | None, refused: Refused) -> None:
     """A builder that is fed in odd pieces takes the same, and finds payloads at the same places."""
-    scan, scan_refused = attempt(lambda: scan_tar(Pieces(data, choices(data)), threads=1))
+    scan, scan_refused = attempt(scan_tar, Pieces(data, choices(data)), threads=1)
     if scan is None or entries is None:
         # A scan is refused what a table of contents cannot follow.
         assert same(scan_refused, refused) or "inside the padding" in str(scan_refused), (
@@ -227,18 +224,16 @@ def check_layer(data: bytes) -> None:
     """Every compression keeps the tar to the byte; an eStargz layer is proven by verify and is built of itself again."""
     random = choices(data)
     options = {
-        "chunk_size": random.choice((1, 100, 512, 4096, 1 << 22)),
+        "chunk_size": random.choice((16, 100, 512, 4096, 1 << 22)),
         "min_chunk_size": random.choice((0, 0, 1, 600, 1 << 16)),
         "threads": random.choice((1, 1, 2)),
     }
-    blob, refused = attempt(lambda: written(data, random, level=random.choice((0, 1, 4)), **options))
+    blob, refused = attempt(written, data, random, level=random.choice((0, 1, 4)), **options)
     if blob is not None:
         check_blob_of(data, *blob)
         check_built_again(*blob, random)
     kind = random.choice(("gzip", "zstd", "uncompressed"))
-    other, other_refused = attempt(
-        lambda: written(data, random, compression=kind, level=None, threads=options["threads"])
-    )
+    other, other_refused = attempt(written, data, random, compression=kind, level=None, threads=options["threads"])
     if other is None:
         assert str(refused) == str(other_refused) or "reserved" in str(refused), f"{refused} is not {other_refused}"
         return
@@ -282,34 +277,32 @@ def check_blob_of(data: bytes, layer: estargz.Layer, blob: bytes) -> None:
 
 def check_built_again(layer: estargz.Layer, blob: bytes, random: Random) -> None:
     """A blob is a source too: the table is left out and made anew."""
-    again, refused = attempt(lambda: estargz.build(Pieces(blob, random), io.BytesIO(), threads=1, memory=MEMORY))
+    again, refused = attempt(estargz.build, Pieces(blob, random), io.BytesIO(), threads=1, memory=MEMORY)
     assert again is not None or "hide where its table" in str(refused), refused
     assert again is None or again.tar_digest == layer.tar_digest
 
 
 def check_order(data: bytes) -> None:
     """What is asked for comes first, and the rest is all there: bytes of entries move, none are changed."""
-    entries, _ = attempt(lambda: _tar.parse(data))
+    entries, _ = attempt(_tar.parse, data)
     if entries is None or detect(data[:4]) != "plain" or not data:
         return
     random, sink = choices(data), io.BytesIO()
     paths = [entry.name.decode("utf-8", "surrogateescape") for entry in random.sample(entries, min(len(entries), 3))]
-    paths = [path for path in paths if "\0" not in path] + random.choice(([], ["*"], ["**/a"], ["nothing"]))
+    paths = [path for path in paths if "\0" not in path] + random.choice((["*"], ["**/a"], ["nothing"]))
     try:
         layer = estargz.build(io.BytesIO(data), sink, threads=1, memory=MEMORY, prefetch=paths, allow_missing=True)
-    except TarError:
-        return
-    except UsageError as error:
-        assert "is no pattern" in str(error), error
+    except (TarError, UsageError) as error:
+        assert any(why in str(error) for why in ("is a hard link to", "inside the padding", "is no pattern")), error
         return
     estargz.verify(sink.getvalue(), toc_digest=layer.toc_digest, diff_id=layer.diff_id, threads=1)
     with estargz.open(sink.getvalue()) as blob:
         made = blob.open_tar().read()
     moved = Counter(raw for entry, raw in raw_entries(made) if cleaned(entry.name) != ".prefetch.landmark")
     last = {cleaned(entry.name): raw for entry, raw in raw_entries(data)}
-    for name in (".prefetch.landmark", ".no.prefetch.landmark", "stargz.index.json") if paths else ():
+    for name in (".prefetch.landmark", ".no.prefetch.landmark", "stargz.index.json"):
         last.pop(name, None)
-    assert moved == Counter(last.values()) or not paths, "entries were lost or changed"
+    assert moved == Counter(last.values()), "entries were lost or changed"
 
 
 def raw_entries(data: bytes) -> Iterator[tuple[_tar.Entry, bytes]]:
@@ -330,11 +323,11 @@ def check_inflate(data: bytes) -> None:
     """One thread or several, file or object, any segment: the same bytes and the same end, and those of zlib and libzstd."""
     kind = detect(data[:4])
     random = choices(data)
-    wanted = drained(lambda: InflateReader(Pieces(data, random), kind))
+    wanted = drained(InflateReader, Pieces(data, random), kind)
     for threads in (1, 4):
         source = random.choice((data, Pieces(data, random), io.BytesIO(data)))
         segment = random.choice((64, 512, 262144))
-        found = drained(lambda: InflateAhead(source, kind, threads=threads, segment=segment))  # noqa: B023
+        found = drained(InflateAhead, source, kind, threads=threads, segment=segment)
         assert found[1] == wanted[1] and (found[0] == wanted[0] or wanted[1]), (
             f"{threads} threads: {found[1]}, not {wanted[1]}"
         )
@@ -345,11 +338,11 @@ def check_inflate(data: bytes) -> None:
         assert wanted[1] != "" or plain[:OUTPUT_MOST] == wanted[0], "a library inflates other bytes"
 
 
-def drained(make: Callable[[], Any]) -> tuple[bytes, str]:
+def drained(make: Callable[..., Any], *arguments: Any, **options: Any) -> tuple[bytes, str]:
     """The bytes, as many as are asked for, and why no more came."""
     found = b""
     try:
-        reader = make()
+        reader = make(*arguments, **options)
         try:
             while len(found) < OUTPUT_MOST and (piece := reader.read(1 << 16)):
                 found += piece
@@ -390,7 +383,7 @@ def by_libraries(data: bytes, kind: str) -> tuple[bytes, bool]:
 
 def check_entries(data: bytes) -> None:
     """A table is taken or refused as by Go's decoder, with the same entries."""
-    table, refused = attempt(lambda: load_table(deque([data]), 1 << 40, LIMITS))
+    table, refused = attempt(load_table, deque([data]), 1 << 40, LIMITS)
     if table is None:
         assert isinstance(refused, BlobError)
         return
@@ -415,7 +408,7 @@ def has_keys_twice(text: bytes) -> bool:
         twice.append(len({key.casefold() for key, _ in pairs}) < len(pairs))
         return dict(pairs)
 
-    json.loads(go_text(text), object_pairs_hook=look)
+    json.loads(go_text(text), object_pairs_hook=look, parse_int=str)
     return any(twice)
 
 
@@ -431,20 +424,22 @@ def of_go_table(entry: dict[str, Any]) -> dict[str, Any]:
 
 def check_reading(data: bytes) -> None:
     """Every way of reading a blob; what verify proves must be what Go reads of it."""
-    blob, refused = attempt(lambda: estargz.open(data, limits=LIMITS))
+    blob, refused = attempt(estargz.open, data, limits=LIMITS)
     if blob is None:
         assert isinstance(refused, BlobError)
         return
     with blob:
         read_all(blob)
         attempt(lambda: blob.open_tar().read(OUTPUT_MOST))
-        report, _ = attempt(lambda: estargz.verify(data, threads=1))
-        attempt(lambda: estargz.verify(data, threads=2, strict=True))
+        report, _ = attempt(estargz.verify, data, threads=1)
+        attempt(estargz.verify, data, threads=2, strict=True)
         if report is not None:
             theirs, error = go("shelf", data)
             assert not error, f"Go refuses what is verified: {error}"
+            # Of a path with several entries readers show different ones (docs/format.md, ``name-again``).
+            again = {entry["name"] for entry in theirs if entry.get("hidden")}
             for entry in theirs:
-                if not entry.get("hidden"):
+                if entry["name"] not in again:
                     compare_served(blob, entry)
 
 
@@ -467,9 +462,9 @@ def read_all(blob: estargz.Blob) -> None:
     for name in itertools.islice(names, 50):
         for ask in (blob.stat, blob.xattrs, blob.owner, blob.readlink, blob.listdir, blob.chunks, blob.read):
             with suppress(OSError):
-                attempt(lambda: ask(name))  # noqa: B023
+                attempt(ask, name)
         with suppress(OSError):
-            attempt(lambda: blob.byte_ranges([name]))  # noqa: B023
+            attempt(blob.byte_ranges, [name])
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -484,14 +479,13 @@ def check_extract(data: bytes) -> None:
         (place / "root").mkdir()
         (place / "root" / "out").symlink_to("../..")
         attempt(
-            lambda: estargz.extract(
-                data,
-                place / "root",
-                same_owner=random.choice((None, False)),
-                threads=random.choice((1, 2)),
-                max_size=1 << 20,
-                max_entries=300,
-            )
+            estargz.extract,
+            data,
+            place / "root",
+            same_owner=random.choice((None, False)),
+            threads=random.choice((1, 2)),
+            max_size=1 << 20,
+            max_entries=300,
         )
         assert sorted(os.listdir(place)) == ["outside", "root"]
         assert (place / "outside").read_text() == "untouched"
