@@ -2,9 +2,9 @@
 
     leaks.py [STEP]
 
-Every case, or every STEPth, is run four times some rounds. It leaks if each of the last three times left more bytes than one small
-object a round, more descriptors, or more of the mappings that compressors lie in; or if LeakSanitizer finds memory in the end
-that nothing points to. Prints the names of the cases, and on standard error what leaks.
+Every case, or every STEPth, is run four times some rounds. It leaks if each of the last three times left more bytes than one
+small object a round, more descriptors, or more of the mappings that compressors lie in; or if LeakSanitizer finds memory in the
+end that nothing points to. Prints the names of the cases, and on standard error what leaks.
 """
 
 from __future__ import annotations
