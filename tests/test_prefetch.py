@@ -372,6 +372,9 @@ def test_tables_of_contents_are_left_out() -> None:
     table = entry(b"./stargz.index.json", b"{}")
     assert built(table + FEW + END, "z")[1][0:2] == ["z", LANDMARK]
     assert "stargz.index.json" not in built(FEW + table + END, "z")[1][-1]
+    assert (
+        built(FEW + table + entry(b"y") + END[:512], "z")[1][-1] == "y"
+    )  # as many bytes behind the table as the end has
     inflated = gzip.decompress(blob_of(FEW + END)[1])  # ends in a table
     assert built(inflated, "z") == built(FEW + END, "z")
 

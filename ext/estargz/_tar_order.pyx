@@ -313,14 +313,21 @@ cdef class TarOrder:
             at += BLOCK
         return self.failed(EST_TAR_TRUNCATED, self.end) if at == begin + BLOCK < self.end else EST_OK
 
-    cdef bint is_last(self, int64_t payload_at) noexcept nogil:
-        """Whether the input ends with the entry at hand and the end of its archive."""
+    cdef int is_last(self, int64_t payload_at) noexcept nogil:
+        """1 where the input ends with the entry at hand and two zero blocks, 0 where it does not, or a code."""
         cdef int64_t left = self.end - payload_at
-        return self.parser.entry.size <= left and padded(self.parser.entry.size) + 2 * BLOCK == left
+        cdef const uint8_t *ending
+        if self.parser.entry.size > left or padded(self.parser.entry.size) + 2 * BLOCK != left:
+            return 0
+        ending = self.read_at(self.end - 2 * BLOCK, 2 * BLOCK)
+        if ending == NULL:
+            return EST_CANCELLED
+        return ending[0] == 0 and memcmp(ending, ending + 1, 2 * BLOCK - 1) == 0
 
     cdef int note(self, int64_t begin, int64_t end) noexcept nogil:
         """Takes the entry that the parser has just met into the list."""
         cdef entry_place place
+        cdef int last
         cdef int64_t *index
         memset(&place, 0, sizeof(place))
         place.begin = begin
@@ -329,10 +336,14 @@ cdef class TarOrder:
         place.state = ENTRY_LEFT
         if not clean_name(self.parser.entry.name, self.parser.entry.name_len, &self.cleaned):
             return self.failed(EST_NO_MEMORY, begin)
-        if is_name(&self.cleaned, "stargz.index.json") and self.is_last(end - padded(self.parser.entry.size)):
-            self.toc_cut = True
-            self.tail_begin = self.tail_end = begin
-            return EST_OK
+        if is_name(&self.cleaned, "stargz.index.json"):
+            last = self.is_last(end - padded(self.parser.entry.size))
+            if last < 0:
+                return last
+            if last:
+                self.toc_cut = True
+                self.tail_begin = self.tail_end = begin
+                return EST_OK
         if (is_name(&self.cleaned, "stargz.index.json") or is_name(&self.cleaned, ".prefetch.landmark")
                 or is_name(&self.cleaned, ".no.prefetch.landmark")):
             place.state = ENTRY_DROPPED

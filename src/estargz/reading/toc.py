@@ -48,6 +48,9 @@ LANDMARKS = {".prefetch.landmark": "prefetch", ".no.prefetch.landmark": "no-pref
 _INT64 = range(-(2**63), 2**63)  # what Go's integers hold
 
 
+Int64 = Annotated[int, msgspec.Meta(ge=_INT64[0], le=_INT64[-1])]
+
+
 class TOCEntry(msgspec.Struct, gc=False, frozen=True, rename="camel", omit_defaults=True, forbid_unknown_fields=True):
     """One entry as the JSON states it; a key that is absent has its zero value here.
 
@@ -68,29 +71,29 @@ class TOCEntry(msgspec.Struct, gc=False, frozen=True, rename="camel", omit_defau
 
     name: str
     type: str
-    size: int = 0
+    size: Int64 = 0
     modtime: str = ""
     link_name: str = ""
-    mode: int = 0
-    uid: int = 0
-    gid: int = 0
+    mode: Int64 = 0
+    uid: Int64 = 0
+    gid: Int64 = 0
     user_name: str = ""
     group_name: str = ""
-    offset: int = 0
-    inner_offset: int = 0
-    dev_major: int = 0
-    dev_minor: int = 0
+    offset: Int64 = 0
+    inner_offset: Int64 = 0
+    dev_major: Int64 = 0
+    dev_minor: Int64 = 0
     xattrs: dict[str, str] = {}
     digest: str = ""
-    chunk_offset: int = 0
-    chunk_size: int = 0
+    chunk_offset: Int64 = 0
+    chunk_size: Int64 = 0
     chunk_digest: str = ""
 
 
 class TOC(msgspec.Struct, gc=False, frozen=True, forbid_unknown_fields=True):
     """The whole table, entries in the order of the tar."""
 
-    version: Annotated[int, msgspec.Meta(ge=_INT64[0], le=_INT64[-1])]
+    version: Int64
     entries: list[TOCEntry] = []
 
 

@@ -448,9 +448,8 @@ def compare_served(blob: estargz.Blob, theirs: dict[str, Any]) -> None:
     found = blob.lookup(theirs["name"])
     assert found.type == theirs["type"], f"{theirs['name']!r} is {found.type}"
     if found.type == "reg":
-        assert (found.size, found.digest) == (theirs["size"], theirs["digest"]), (
-            f"{found.name!r}: {theirs.get('error')}"
-        )
+        digest = found.digest if found.size else sha256(b"")  # which a table may leave out
+        assert (found.size, digest) == (theirs["size"], theirs.get("digest")), f"{found.name!r}: {theirs.get('error')}"
 
 
 def read_all(blob: estargz.Blob) -> None:
