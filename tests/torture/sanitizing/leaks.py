@@ -3,8 +3,8 @@
     leaks.py [STEP]
 
 Every case, or every STEPth, is run four times some rounds. It leaks if each of the last three times left more bytes than one
-small object a round, more descriptors, or more of the mappings that compressors lie in; or if LeakSanitizer finds memory in the
-end that nothing points to. Prints the names of the cases, and on standard error what leaks.
+small object a round, more descriptors, or more of the mappings that compressors lie in; or if LeakSanitizer finds memory in
+the end that nothing points to. Prints the names of the cases, and on standard error what leaks.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ NOISE = tar_of(*((f"f{number}", os.urandom(300_000)) for number in range(12)))
 GZIP = gzip.compress(SMALL) + gzip.compress(NOISE)
 SCRATCH = Path(tempfile.mkdtemp(prefix="estargz-leaks-"))
 TREE = SCRATCH / "tree"
-ROUNDS = (25, 200)
+ROUNDS = (25, 200, 1000)
 OBJECT = 24  # bytes: fewer than those of any object that the package makes
 SLACK = 256  # bytes: of this program itself
 SANITIZER = ctypes.CDLL(None)
