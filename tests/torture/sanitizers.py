@@ -87,9 +87,7 @@ def made(build: Build) -> None:
     stamp = build.folder / ".stamp"
     if not stamp.exists() or stamp.read_text() != state.hexdigest():
         print(f"sanitizers: building {build.sanitize}", flush=True)
-        shutil.rmtree(
-            build.folder / "build" / "cython", ignore_errors=True
-        )  # times are those of the checkout
+        shutil.rmtree(build.folder / "build" / "cython", ignore_errors=True)  # times are those of the checkout
         environment = {**os.environ, "ESTARGZ_SANITIZE": build.sanitize}
         command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "--force"]
         subprocess.run(command, cwd=build.folder, env=environment, check=True, stdout=subprocess.DEVNULL)
