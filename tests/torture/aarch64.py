@@ -20,8 +20,9 @@ from outcome import RESULTS, ROOT
 PLACE = RESULTS / "aarch64"
 SYSTEM = PLACE / "root"
 SITE = PLACE / "site"
+UNPACKED = PLACE / "unpacked"
 
-PACKAGES = ["python3-dev", "libisal-dev", "libdeflate-dev", "libssl-dev", "libzstd-dev"]
+PACKAGES = ["python3-dev", "libisal-dev", "libdeflate-dev", "libssl-dev", "libzstd-dev", "libstdc++6"]
 WHEELS = ["numpy", "msgspec", "click", "typing_extensions"]
 LIBRARIES = ["-lisal", "-ldeflate", "-lzstd", "-lcrypto"]
 COMPILER = "aarch64-linux-gnu-gcc"
@@ -63,6 +64,7 @@ def unpack_system() -> None:
     run("apt-get", "download", *(line[1].split("_")[0] for line in lines), environ=environ, cwd=debs)
     for deb in debs.glob("*.deb"):
         run("dpkg", "-x", deb, SYSTEM)
+    UNPACKED.write_text(" ".join(PACKAGES))
 
 
 def interpreter() -> Path:
@@ -101,7 +103,7 @@ def compile_package(include: str, suffix: str) -> None:
 def made() -> list[str]:
     """The interpreter, with the package built anew from the sources as they are; behind "-cpu MODEL"."""
     run(ROOT / "scripts" / "tools", f"{COMPILER}:gcc-aarch64-linux-gnu", "qemu-aarch64-static:qemu-user-static")
-    if not (SYSTEM / "usr" / "bin").exists():
+    if not UNPACKED.exists() or UNPACKED.read_text().split() != PACKAGES:
         unpack_system()
     python = interpreter()
     if not (SITE / "numpy").exists():

@@ -20,7 +20,7 @@ from estargz import _codec
 def probe(tar: bytes, compression: str, level: int, portable: bool) -> dict[str, Any]:
     """The layer, and whether other code agrees with its digests and inflates it to the tar."""
     sink = io.BytesIO()
-    how: dict[str, Any] = {"compression": compression, "level": level, "portable": portable, "chunk_size": 1 << 20}
+    how: dict[str, Any] = {"compression": compression, "level": level, "portable": portable}
     layer = estargz.build(io.BytesIO(tar), sink, threads=1, **how)
     blob, back = sink.getvalue(), io.BytesIO()
     estargz.build(io.BytesIO(blob), back, compression="uncompressed", threads=1)

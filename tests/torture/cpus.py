@@ -27,8 +27,10 @@ from outcome import RESULTS, ROOT, Outcome, parser
 
 QUICK = ["Haswell", "Nehalem", "core2duo"]
 MODELS = ["max", *QUICK[:1], "SandyBridge", *QUICK[1:], "qemu64"]
-AARCH64 = ["max", "cortex-a57"]
+AARCH64 = ["aarch64-max", "aarch64-cortex-a57"]
 DEPENDS = {f"{compression} {level}" for compression in ("estargz", "gzip") for level in range(4)}
+
+TESTED = {"Haswell", "Nehalem"}
 
 LEVELS = "0,1,2,3,4,5,6,7,8,9,10,11,12"
 QUICK_LEVELS = "0,1,2,3,4,6,9,12"
@@ -39,21 +41,21 @@ SLOW_OR_NATIVE = "not processes and not address and not slowest and not levels_o
 Found = Mapping[str, Mapping[str, Any]]
 
 
-def corpus(scale: int) -> bytes:
-    """A tar of files of 0 bytes to 4 MiB, what they hold of different kinds; ``scale`` 1 is about 1 MB, 4 about 8 MB."""
+def corpus(large: int) -> bytes:
+    """A tar of files of 0 bytes to ``large`` and more, what they hold of different kinds."""
     chance = random.Random(40)
     stdlib = Path(sysconfig.get_path("stdlib"))
     text = b"".join(path.read_bytes() for path in sorted(stdlib.glob("*.py")))
     program = Path(os.path.realpath(sys.executable)).read_bytes()
     files = {
-        "text": text[: 250_000 * scale],
-        "program": program[-250_000 * scale :],
-        "noise": chance.randbytes(60_000 * scale),
-        "zeros": bytes(100_000 * scale),
-        "large": text[: 1 << (18 if scale == 1 else 22)],
+        "text": text[:250_000],
+        "program": program[-250_000:],
+        "noise": chance.randbytes(60_000),
+        "zeros": bytes(100_000),
+        "large": text[: large // 8] + bytes(large - large // 4) + program[: large // 8],
         "empty": b"",
     }
-    for number in range(400 * scale):
+    for number in range(400):
         at = chance.randrange(len(text) - 4000)
         files[f"{number % 7}/{chance.randbytes(30).hex()}"] = text[at : at + int(40 * 75 ** chance.random())]
     made = BytesIO()
@@ -126,16 +128,17 @@ def tested(model: str, python: list[str], outcome: Outcome) -> None:
         outcome.defect(f"{model}: {' '.join(command)}: {done.stdout[-1500:]}")
 
 
-def pythons(quick: bool) -> dict[str, list[str]]:
-    """CPU -> how the package is run on it."""
-    found = {"this machine": [sys.executable]}
-    if platform.machine() == "x86_64":
-        for model in QUICK if quick else MODELS:
-            found[model] = ["qemu-x86_64-static", "-cpu", model, sys.executable]
-    if not quick:
-        for model in AARCH64:
-            found[f"aarch64 {model}"] = emulated_python(model)
-    return found
+def chosen(quick: bool) -> list[str]:
+    """What is emulated: models of x86-64, and of aarch64 behind that word."""
+    models = QUICK if quick else MODELS
+    return (models if platform.machine() == "x86_64" else []) + ([] if quick else AARCH64)
+
+
+def python_of(cpu: str) -> list[str]:
+    """How the package is run on a CPU."""
+    if cpu in AARCH64:
+        return emulated_python(cpu.removeprefix("aarch64-"))
+    return ["qemu-x86_64-static", "-cpu", cpu, sys.executable]
 
 
 def all_measured(ways: Iterable[tuple[str, list[str]]], tar: Path, quick: bool, outcome: Outcome) -> dict[str, Found]:
@@ -145,23 +148,29 @@ def all_measured(ways: Iterable[tuple[str, list[str]]], tar: Path, quick: bool, 
 
 
 def main() -> int:
-    quick = parser("cpus", __doc__).parse_args().quick
+    arguments = parser("cpus", __doc__)
+    arguments.add_argument(
+        "cpus", nargs="*", help=f"these alone beside this machine's own: {', '.join(MODELS + AARCH64)}"
+    )
+    given = arguments.parse_args()
+    quick = given.quick
     outcome = Outcome("cpus", quick)
     subprocess.run([ROOT / "scripts" / "tools", "qemu-x86_64-static:qemu-user-static"], check=True)
     try:
-        ways = pythons(quick)
+        ways = {"this machine": [sys.executable]}
+        ways |= {cpu: python_of(cpu) for cpu in given.cpus or chosen(quick)}
     except Unavailable as error:
         outcome.defect(f"aarch64 cannot be had: {error}")
         return outcome.close()
     RESULTS.mkdir(parents=True, exist_ok=True)
     tar = RESULTS / "cpus.tar"
-    tar.write_bytes(corpus(1 if quick else 4))
+    tar.write_bytes(corpus(1 << 20 if quick else 4 << 20))
     of_cpus = all_measured(ways.items(), tar, quick, outcome)
     lines = compare(of_cpus, outcome)
     print(*lines, sep="\n")
     (RESULTS / "cpus.txt").write_text("".join(f"{line}\n" for line in lines))
     if not quick:
-        for model in ("Haswell", "Nehalem"):
+        for model in sorted(TESTED & ways.keys()):
             tested(model, ways[model], outcome)
     return outcome.close()
 
