@@ -40,7 +40,7 @@ import estargz
 PROGRAM = [sys.executable, "-c", "import sys; from estargz.cli import main; sys.exit(main())"]
 PATIENCE = 60.0  # seconds in which whatever was signalled must have ended, also where much else runs
 QUICK_KILLS = 34
-KILLS = 1100
+KILLS = 1400  # of which a thousand come in time
 LOOK_OUTSIDE = 20  # skopeo looks at every so-manieth image
 # signal -> the statuses that say that the process has heeded it
 SIGNALS = {
