@@ -37,7 +37,7 @@ from estargz.writing.timestamps import ClampedTar
 MOST_GROWTH = 6.0
 """For four times the input; what is linear takes 4 to 5 times, by the caches of processors and the doubling of tables."""
 
-_FLOOR = 0.1  # CPU seconds at the larger size, below which growth is noise
+_FLOOR = 0.25  # CPU seconds at the larger size, below which growth is noise
 _LIMITS = {resource.RLIMIT_CPU: 300, resource.RLIMIT_AS: 8 << 30, resource.RLIMIT_FSIZE: 4 << 30}
 _SECONDS = 600  # of wall time, of a step
 

@@ -14,7 +14,7 @@ import json
 import operator
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
@@ -46,8 +46,6 @@ __all__ = [
 TOC_NAME = "stargz.index.json"
 LANDMARKS = {".prefetch.landmark": "prefetch", ".no.prefetch.landmark": "no-prefetch"}
 _INT64 = range(-(2**63), 2**63)  # what Go's integers hold
-
-
 Int64 = Annotated[int, msgspec.Meta(ge=_INT64[0], le=_INT64[-1])]
 
 
@@ -103,7 +101,8 @@ _ZERO: dict[str, Any] = dict.fromkeys(
 ) | dict.fromkeys(
     ("size", "mode", "uid", "gid", "offset", "innerOffset", "devMajor", "devMinor", "chunkOffset", "chunkSize"), 0
 )
-_FOLDED = {key.lower(): key for key in (*_ZERO, "xattrs", "version", "entries")}
+_FIELDS = {*_ZERO, "xattrs"}
+_FOLDED = {key.lower(): key for key in (*_FIELDS, "version", "entries")}
 
 
 def parse_toc(data: bytes, *, name: str = "TOC") -> TOC:
@@ -121,6 +120,7 @@ def _parse_leniently(data: bytes, name: str) -> TOC:
     """What msgspec refuses and Go accepts, through the standard library: several times slower."""
     with _malformed(name):
         value = _loads(data, dict)
+        _expect_valid(value, ("version", "entries"))
         return TOC(_typed(value, "version", 0), [_entry(item) for item in _typed(value, "entries", [])])
 
 
@@ -155,31 +155,38 @@ def _refuse_constant(text: str) -> NoReturn:
 
 
 class _Pairs(dict[str, Any]):
-    """An object with its keys verbatim, beside its view with folded keys."""
+    """An object with its keys verbatim, beside its view with folded keys, the last of each, and those before."""
 
     verbatim: dict[str, Any]
+    replaced: list[tuple[str, Any]]
 
 
 def _fold(pairs: list[tuple[str, Any]]) -> _Pairs:
     folded = _Pairs()
+    folded.replaced = []
     for key, value in pairs:
         known = _FOLDED.get(key.replace("\u017f", "s").replace("\u212a", "k").lower())
         if known is not None and value is not None:
             if known in folded:
-                _expect_valid(folded, known)  # as Go does, before what comes later takes its place
+                folded.replaced.append((known, folded[known]))
             folded[known] = value
     folded.verbatim = dict(pairs)
     return folded
 
 
-def _expect_valid(value: _Pairs, key: str) -> None:
-    if key == "xattrs":
-        _xattrs(value)
-    elif key == "entries":
-        for item in _typed(value, key, []):
-            _entry(item)
-    else:
-        _typed(value, key, _ZERO.get(key, 0))
+def _expect_valid(value: _Pairs, known: Collection[str]) -> None:
+    """Of those keys, what a later one replaces must be valid all the same, as Go has it; others mean nothing here."""
+    for key, replaced in value.replaced:
+        if key not in known:
+            continue
+        alone = {key: replaced}
+        if key == "xattrs":
+            _xattrs(alone)
+        elif key == "entries":
+            for item in _typed(alone, key, []):
+                _entry(item)
+        else:
+            _typed(alone, key, _ZERO.get(key, 0))
 
 
 def _typed(value: dict[str, Any], key: str, zero: Any) -> Any:
@@ -196,6 +203,7 @@ def _typed(value: dict[str, Any], key: str, zero: Any) -> Any:
 def _entry(value: Any) -> TOCEntry:
     if not isinstance(value, _Pairs):
         raise ValueError("an entry is no object")
+    _expect_valid(value, _FIELDS)
     fields = {key: _typed(value, key, zero) for key, zero in _ZERO.items()}
     return msgspec.convert(fields | {"xattrs": _xattrs(value)}, TOCEntry)
 
