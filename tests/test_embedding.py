@@ -407,6 +407,28 @@ def test_end_while_threads_build(tar: Path, end: str) -> None:
     )
 
 
+def test_process_that_outlives_its_interpreter(tar: Path) -> None:
+    """Threads that come back from a build's work then stay where they are, as those do that come back from a read."""
+    run_python(
+        """
+        import ctypes
+        class Nothing:
+            def write(self, data): pass
+        def build():
+            while True:
+                estargz.build(sys.argv[1], Nothing(), threads=2)
+        library = ctypes.CDLL(None)
+        library.on_exit(library.sleep, None)    # is called with the exit status
+        for number in range(4):
+            threading.Thread(target=build, daemon=True).start()
+        time.sleep(0.2)
+        sys.exit(1)
+        """,
+        str(tar),
+        status=1,
+    )
+
+
 def test_end_waits_for_threads_that_are_no_daemons(tar: Path) -> None:
     shown = run_python(
         """

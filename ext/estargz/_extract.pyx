@@ -41,6 +41,9 @@ from estargz._tar cimport (
 
 from estargz.errors import from_status
 
+cdef extern from "gil.h":      # what `with gil` means
+    pass
+
 cdef extern from "glance.h" nogil:
     int64_t est_glance(const int64_t *place)
     void est_show(int64_t *place, int64_t value)

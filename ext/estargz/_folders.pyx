@@ -23,6 +23,9 @@ from estargz._rows cimport (
     EST_PLACE_REMOVE,
 )
 
+cdef extern from "gil.h":      # what `with gil` means
+    pass
+
 cdef extern from "place.h" nogil:
     enum: EST_DIRECTORY, AT_SYMLINK_NOFOLLOW, SEEK_SET, ECANCELED
     int est_openat(int directory, const char *name, int flags, unsigned int mode)

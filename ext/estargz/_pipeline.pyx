@@ -61,6 +61,9 @@ cdef extern from "<poll.h>" nogil:
         short events
     int poll(pollfd *fds, unsigned long count, int milliseconds)
 
+cdef extern from "gil.h":      # what `with gil` means
+    pass
+
 cdef extern from "glance.h" nogil:
     bint est_glance(const bint *place)
     void est_show(bint *place, bint value)

@@ -20,6 +20,9 @@ from posix.unistd cimport close, pread, readlink
 
 from estargz._memory cimport buffer, buffer_append, buffer_free, byte_map, map_find, map_free, map_insert
 
+cdef extern from "gil.h":      # what `with gil` means
+    pass
+
 cdef extern from "record.h" nogil:
     enum: EST_CAN_RECORD, EST_SYS_OPEN, SYS_openat, SYS_openat2, SYS_execve, SYS_execveat, SYS_pidfd_open
     enum: EST_STARTED, EST_LISTENING, EST_NO_FOLDER, EST_NO_FILTER, EST_NO_PROGRAM, EST_NO_CONTINUE
