@@ -714,7 +714,10 @@ def as_nobody(*arguments: object) -> subprocess.CompletedProcess[str]:
     if IS_ROOT and shutil.which("setpriv") is None:
         missing("setpriv is not installed")
     rights = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"] if IS_ROOT else []
-    return subprocess.run([*rights, *map(str, arguments)], capture_output=True, text=True, check=False)
+    done = subprocess.run([*rights, *map(str, arguments)], capture_output=True, text=True, check=False)
+    if done.returncode == 126:
+        missing(f"others may not run {arguments[0]}")
+    return done
 
 
 def test_without_rights(scratch: Path) -> None:

@@ -510,7 +510,9 @@ cdef class Extractor(Folders):
         if b.size:
             memcpy(b.data, self.tail.data, b.size)
         self.tail.size = 0
+        pthread_mutex_lock(&self.lock)
         self.current = b
+        pthread_mutex_unlock(&self.lock)
         return b
 
     cdef void submit(self, block *b) noexcept nogil:
@@ -1109,7 +1111,11 @@ cdef class Extractor(Folders):
         """Begins a file whose pieces follow."""
         cdef int code
         cdef open_file *file
-        if self.files_open >= self.open_most // 2:
+        cdef bint many
+        pthread_mutex_lock(&self.lock)
+        many = self.files_open >= self.open_most // 2
+        pthread_mutex_unlock(&self.lock)
+        if many:
             self.wait_all()
         file = <open_file *>calloc(1, sizeof(open_file))
         if file == NULL:
