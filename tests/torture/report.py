@@ -11,6 +11,9 @@ from outcome import RESULTS
 def main(parts: list[str]) -> None:
     lines = ["| part | command | seconds | counts | defects |", "|---|---|---|---|---|"]
     for part in parts:
+        if not (RESULTS / f"{part}.json").exists():
+            lines.append(f"| {part} | ended without a result | | | |")
+            continue
         facts = json.loads((RESULTS / f"{part}.json").read_text())
         counts = ", ".join(f"{number:,} {what}" for what, number in facts["counts"].items())
         lines.append(f"| {part} | `{facts['command']}` | {facts['seconds']:.0f} | {counts} | {len(facts['defects'])} |")
