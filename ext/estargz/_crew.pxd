@@ -4,14 +4,7 @@ from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t
 
 from estargz._codec cimport compressor
-
-cdef extern from "<pthread.h>" nogil:
-    ctypedef struct pthread_t:
-        pass
-    ctypedef struct pthread_mutex_t:
-        pass
-    ctypedef struct pthread_cond_t:
-        pass
+from estargz.pthread cimport pthread_cond_t, pthread_mutex_t, pthread_t
 
 # A thread in the queue for a seat.
 ctypedef struct crew_waiter:

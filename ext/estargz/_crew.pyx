@@ -20,19 +20,11 @@ from posix.unistd cimport close, getpid, read, write
 
 from estargz._codec cimport compressor, compressor_close, compressor_open
 from estargz._rows cimport EST_NO_MEMORY, EST_OK, EST_POOL_FULL
-
-cdef extern from "<pthread.h>" nogil:
-    pthread_t pthread_self()
-    int pthread_equal(pthread_t a, pthread_t b)
-    int pthread_mutex_init(pthread_mutex_t *mutex, void *attributes)
-    int pthread_mutex_destroy(pthread_mutex_t *mutex)
-    int pthread_mutex_lock(pthread_mutex_t *mutex)
-    int pthread_mutex_unlock(pthread_mutex_t *mutex)
-    int pthread_cond_init(pthread_cond_t *condition, void *attributes)
-    int pthread_cond_destroy(pthread_cond_t *condition)
-    int pthread_cond_wait(pthread_cond_t *condition, pthread_mutex_t *mutex)
-    int pthread_cond_timedwait(pthread_cond_t *condition, pthread_mutex_t *mutex, const timespec *until)
-    int pthread_cond_broadcast(pthread_cond_t *condition)
+from estargz.pthread cimport (
+    pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_cond_timedwait, pthread_cond_wait,
+    pthread_equal, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
+    pthread_self, pthread_t,
+)
 
 cdef extern from "pages.h" nogil:
     void *est_new_pages(size_t size)

@@ -38,6 +38,11 @@ from estargz._rows cimport (
 from estargz._tar cimport (
     TAR_META, TAR_ZERO, tar_parse_block, tar_parse_meta, tar_parser, tar_parser_free, tar_parser_init,
 )
+from estargz.pthread cimport (
+    pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_cond_signal, pthread_cond_t,
+    pthread_cond_timedwait, pthread_cond_wait, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
+    pthread_mutex_t, pthread_mutex_unlock,
+)
 
 from estargz.errors import from_status
 
@@ -47,22 +52,6 @@ cdef extern from "gil.h":      # what `with gil` means
 cdef extern from "glance.h" nogil:
     int64_t est_glance(const int64_t *place)
     void est_show(int64_t *place, int64_t value)
-
-cdef extern from "<pthread.h>" nogil:
-    ctypedef struct pthread_mutex_t:
-        pass
-    ctypedef struct pthread_cond_t:
-        pass
-    int pthread_mutex_init(pthread_mutex_t *mutex, void *attributes)
-    int pthread_mutex_destroy(pthread_mutex_t *mutex)
-    int pthread_mutex_lock(pthread_mutex_t *mutex)
-    int pthread_mutex_unlock(pthread_mutex_t *mutex)
-    int pthread_cond_init(pthread_cond_t *condition, void *attributes)
-    int pthread_cond_destroy(pthread_cond_t *condition)
-    int pthread_cond_wait(pthread_cond_t *condition, pthread_mutex_t *mutex)
-    int pthread_cond_timedwait(pthread_cond_t *condition, pthread_mutex_t *mutex, const timespec *until)
-    int pthread_cond_signal(pthread_cond_t *condition)
-    int pthread_cond_broadcast(pthread_cond_t *condition)
 
 cdef extern from "place.h" nogil:
     enum: AT_SYMLINK_NOFOLLOW, SEEK_SET

@@ -4,14 +4,7 @@ from libc.stdint cimport int64_t, uint8_t
 
 from estargz._crew cimport crew
 from estargz._inflate cimport decoder
-
-cdef extern from "<pthread.h>" nogil:
-    ctypedef struct pthread_t:
-        pass
-    ctypedef struct pthread_mutex_t:
-        pass
-    ctypedef struct pthread_cond_t:
-        pass
+from estargz.pthread cimport pthread_cond_t, pthread_mutex_t, pthread_t
 
 # Some of the output, in order within its lane.
 ctypedef struct block:

@@ -34,24 +34,15 @@ from estargz._inflate cimport (
     HISTORY, KIND_GZIP, decoder_close, decoder_finish, decoder_open, decoder_restart, decoder_run,
 )
 from estargz._rows cimport EST_FORKED, EST_NO_MEMORY, EST_NO_THREAD, EST_OK, EST_READ
+from estargz.pthread cimport (
+    pthread_cond_broadcast, pthread_cond_destroy, pthread_cond_init, pthread_cond_signal, pthread_cond_timedwait,
+    pthread_cond_wait, pthread_create, pthread_join, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock,
+    pthread_mutex_unlock, pthread_t,
+)
 
 from estargz._inflate import KINDS, stream_error
 from estargz.descriptors import naming
 from estargz.errors import from_status
-
-cdef extern from "<pthread.h>" nogil:
-    int pthread_create(pthread_t *thread, void *attributes, void *(*run)(void *) noexcept nogil, void *argument)
-    int pthread_join(pthread_t thread, void **result)
-    int pthread_mutex_init(pthread_mutex_t *mutex, void *attributes)
-    int pthread_mutex_destroy(pthread_mutex_t *mutex)
-    int pthread_mutex_lock(pthread_mutex_t *mutex)
-    int pthread_mutex_unlock(pthread_mutex_t *mutex)
-    int pthread_cond_init(pthread_cond_t *condition, void *attributes)
-    int pthread_cond_destroy(pthread_cond_t *condition)
-    int pthread_cond_wait(pthread_cond_t *condition, pthread_mutex_t *mutex)
-    int pthread_cond_timedwait(pthread_cond_t *condition, pthread_mutex_t *mutex, const timespec *until)
-    int pthread_cond_signal(pthread_cond_t *condition)
-    int pthread_cond_broadcast(pthread_cond_t *condition)
 
 cdef enum:
     BLOCK_SIZE = 262144         # of output

@@ -9,12 +9,7 @@ from estargz._memory cimport buffer
 from estargz._rows cimport est_failure
 from estargz._sha256 cimport sha256_stream
 from estargz._toc cimport toc_table
-
-cdef extern from "<pthread.h>" nogil:
-    ctypedef struct pthread_mutex_t:
-        pass
-    ctypedef struct pthread_cond_t:
-        pass
+from estargz.pthread cimport pthread_cond_t, pthread_mutex_t
 
 # Payload bytes that a worker still has to read from a source tree.
 ctypedef struct file_fill:

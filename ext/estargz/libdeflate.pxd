@@ -1,4 +1,4 @@
-# Extern declarations of libdeflate >= 1.14 (https://github.com/ebiggers/libdeflate), compression only.
+# Extern declarations of libdeflate >= 1.9 (https://github.com/ebiggers/libdeflate), compression only.
 cdef extern from "libdeflate.h" nogil:
     const char *LIBDEFLATE_VERSION_STRING
     struct libdeflate_compressor:
