@@ -9,7 +9,8 @@ starts is watched, too, and no other program is. What is found is a report in bu
 it was found in, and every report is a defect, as is every test that fails.
 
 ISA-L, libdeflate, libzstd, libcrypto and Python itself are not built anew. Valgrind, which needs no build, watches them in
-a program of its own (sanitizing/buffers.py). Tests marked as "measured" are left out: they judge seconds or bytes of memory.
+a program of its own (sanitizing/buffers.py). Left out are tests that judge seconds or bytes of memory, marked as "measured", and
+those of the benchmarks, test_bench_*.py, which time things for minutes here.
 """
 
 from __future__ import annotations
@@ -173,7 +174,7 @@ def run_tests(build: Build, outcome: Outcome, arguments: Sequence[str]) -> None:
     results = build.folder / "build" / "results.xml"
     results.unlink(missing_ok=True)
     command = [str(build.python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not measured"]
-    command += [f"--junitxml={results}", *arguments]
+    command += ["--ignore-glob=tests/test_bench_*", f"--junitxml={results}", *arguments]
     search = f"{build.python.parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
     environment = {**os.environ, "PATH": search, "ESTARGZ_TEST_PATIENCE": str(build.patience)}
     environment.pop("CI", None)  # the ordinary run of the tests sees to it that nothing is skipped
