@@ -9,7 +9,7 @@ starts is watched, too, and no other program is. What is found is a report in bu
 it was found in, and every report is a defect, as is every test that fails.
 
 ISA-L, libdeflate, libzstd, libcrypto and Python itself are not built anew. Valgrind, which needs no build, watches them in
-a program of its own (sanitizing/buffers.py). Left out are tests that judge seconds or bytes of memory, marked as "measured", and
+a program of its own (sanitizing/buffers.py). Left out are tests that judge seconds or bytes of memory, marked "measured", and
 those of the benchmarks, test_bench_*.py, which time things for minutes here.
 """
 
