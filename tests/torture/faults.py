@@ -263,6 +263,7 @@ def unclear(error: BaseException, fault: Fault) -> str | None:
         return f"unclear error, {what}"
     causes = [os.strerror(getattr(errno, fault.how)) if hasattr(errno, fault.how) else what]
     causes += ["out of memory"] if fault.how == "ENOMEM" else []
+    causes += [os.strerror(errno.EAGAIN)] if fault.call in ("mmap", "mprotect") else []  # says pthread_create() for it
     said = any(cause in text for cause in (*causes, *WORDS_OF_OTHERS))
     return None if said else f"error without its cause, {what}"
 

@@ -42,7 +42,9 @@ static int due(long kind) {
         return 0;
     if (!atomic_fetch_add(&injector_fired, 1) && fault_shown) {
         void *frames[40];
+        atomic_store(&armed, 0); /* this makes calls itself */
         backtrace_symbols_fd(frames, backtrace(frames, 40), 2);
+        atomic_store(&armed, 1);
     }
     return 1;
 }
@@ -130,7 +132,7 @@ static void trapped(int signal, siginfo_t *info, void *context) {
 
 /* Traps all calls but those whose numbers are given, in this process for ever. 0, or errno. */
 int injector_install(const int *spared, int count) {
-    struct sigaction action = {.sa_sigaction = trapped, .sa_flags = SA_SIGINFO | SA_RESTART};
+    struct sigaction action = {.sa_sigaction = trapped, .sa_flags = SA_SIGINFO | SA_RESTART | SA_NODEFER};
     struct sock_filter code[2 * 128 + 16], *next = code;
     unsigned long place = (unsigned long)injector_called;
     void *frame[1];

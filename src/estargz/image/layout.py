@@ -216,7 +216,8 @@ class FolderUpload:
 
     def commit(self, digest: str, size: int) -> None:
         """Gives the blob its name. The digest is the writer's word; the size is compared."""
-        found = os.fstat(self.target).st_size
+        with naming(self._folder.name):
+            found = os.fstat(self.target).st_size
         if found != size:
             raise VerificationError(f"{self._folder.name}: blob {digest} has {found} bytes, not {size}; write it again")
         path = self._folder.path(Descriptor("", digest, size).digest)
