@@ -265,6 +265,17 @@ def test_symbolic_link_is_written_through(tmp_path: Path) -> None:
     assert names_in(tmp_path / "other") == ["blob"]
 
 
+def test_way_up_behind_a_link(tmp_path: Path) -> None:
+    """As the kernel goes it: ".." is where the link leads to, not where it lies."""
+    (tmp_path / "other" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("other/deep")
+    estargz.build(io.BytesIO(SMALL), f"{tmp_path}/link/../blob")
+    with Writer(f"{tmp_path}/link/../written") as writer:
+        writer.write(SMALL)
+    assert names_in(tmp_path) == ["link", "other"]
+    assert names_in(tmp_path / "other") == ["blob", "deep", "written"]
+
+
 def test_pipe_in_the_file_system(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     received = []

@@ -43,7 +43,7 @@ class PathSink:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(os.path.abspath(path))
+        self.path = Path(path).absolute()  # with each "..", which leads elsewhere behind a link
         self._temporary: Path | None = None
         self._in_place = False
         self.fd = -1  # none is open
