@@ -246,6 +246,33 @@ def test_fork_while_another_thread_builds(pooled: bool) -> None:
             in_child(lambda: digest_of_build(pool) == DIGEST.digest or os._exit(3))
 
 
+def test_fork_while_another_thread_imports() -> None:
+    """The first use of a name imports what is behind it."""
+    run_python("""
+        import importlib.abc, signal, warnings
+
+        class Slow(importlib.abc.MetaPathFinder):
+            def find_spec(self, name, *rest):
+                if name == "estargz._layer":
+                    begun.set()
+                    time.sleep(0.3)
+
+        warnings.simplefilter("ignore", DeprecationWarning)     # of forks beside threads
+        begun = threading.Event()
+        sys.meta_path.insert(0, Slow())
+        thread = threading.Thread(target=lambda: estargz.build)
+        thread.start()
+        begun.wait()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            estargz.build(io.BytesIO(bytes(1024)), io.BytesIO())
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        thread.join()
+    """)
+
+
 def test_pool_of_the_parent() -> None:
     """The child's pool is its own: the parent has all seats and all memory of this one."""
     pool = Pool(1, memory=21 * MIB)

@@ -7,6 +7,8 @@ read:  blob -> footer -> table of contents -> entry -> chunk -> member -> verifi
 
 from __future__ import annotations
 
+import os
+from _thread import RLock
 from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -124,11 +126,17 @@ _LAZY = {
 }
 
 
+# A child that is forked while another thread is in the midst of an import would wait for that import for ever.
+_importing = RLock()
+os.register_at_fork(before=_importing.acquire, after_in_parent=_importing.release, after_in_child=_importing.release)
+
+
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     _refuse_subinterpreters()
-    value = getattr(import_module(_LAZY[name]), name)
+    with _importing:
+        value = getattr(import_module(_LAZY[name]), name)
     globals()[name] = value
     return value
 
