@@ -203,6 +203,21 @@ def test_destination_raises_anything(error: type[BaseException]) -> None:
         estargz.build(io.BytesIO(SMALL), Dest())
 
 
+@pytest.mark.parametrize("call", ["write", "close", "abort"])
+def test_destination_that_calls_its_writer(call: str) -> None:
+    """It runs in a thread that the writer would wait for."""
+
+    class Caller:
+        def write(self, data: bytes) -> None:
+            getattr(writer, call)(*[SMALL][: call == "write"])
+
+    with nothing_leaks():
+        writer = Writer(Caller(), threads=2)
+        with pytest.raises(estargz.EstargzError, match="not to be closed by its own destination; raise"):
+            writer.write(SMALL)
+            writer.close()
+
+
 def test_destination_takes_nothing() -> None:
     class Lazy:
         def write(self, data: bytes) -> int:

@@ -153,6 +153,7 @@ cdef class Pipeline:
     cdef int pipe_fd
     cdef int64_t fd_written, fd_started  # bytes written to it, and of them those whose writeback was started
     cdef object sink_write               # or a callable
+    cdef unsigned long sink_thread       # who is in it at the moment; 0: nobody
     cdef object sink_error
     cdef bytes output
 

@@ -12,6 +12,7 @@ from _thread import start_new_thread
 
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.pythread cimport PyThread_get_thread_ident
 from libc.errno cimport EAGAIN, EINTR, EISDIR, ELOOP, ENOENT, ENOTDIR, ESPIPE, errno
 from libc.stddef cimport size_t
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
@@ -44,7 +45,7 @@ from estargz.pthread cimport (
     pthread_cond_wait, pthread_mutex_destroy, pthread_mutex_init, pthread_mutex_lock, pthread_mutex_unlock,
 )
 
-from estargz.errors import from_status
+from estargz.errors import EstargzError, from_status
 
 cdef extern from "<poll.h>" nogil:
     enum: POLLOUT
@@ -420,6 +421,8 @@ cdef class Pipeline:
         """Ends and joins the workers. cancel: unfinished batches are dropped."""
         cdef int i
         self.elsewhere()
+        if self.sink_thread == PyThread_get_thread_ident():     # which would wait for itself
+            raise EstargzError("a layer is not to be closed by its own destination; raise an error there, which ends the build")
         with nogil:
             if cancel:
                 self.cancel()
@@ -936,12 +939,15 @@ cdef class Pipeline:
 
     cdef int write_object(self, const uint8_t *data, size_t size) noexcept with gil:
         # A copy: the writer may keep what it is given, and the batch will be used again.
+        self.sink_thread = PyThread_get_thread_ident()
         try:
             self.sink_write(PyBytes_FromStringAndSize(<const char *>data, size))
         except BaseException as error:
             self.sink_error = error
             self.elsewhere()
             return EST_SINK
+        finally:
+            self.sink_thread = 0
         return EST_FORKED if self.elsewhere() else EST_OK
 
     # --------------------------------------------------------------------------------------------- results
