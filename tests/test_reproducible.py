@@ -148,6 +148,7 @@ def test_info_shows_what_is_installed(capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["info"]) == 0
     shown = capsys.readouterr().out
     assert all(row["encoder"] in shown for row in facts["levels"])
+    assert shown.count("depends on the CPU  libdeflate-") == 3  # whose bytes do, not the portable ones beside them
     assert f"of class {facts['cpu']}" in shown
     assert main(["info", "--digest"]) == 2
     assert "name one" in capsys.readouterr().err

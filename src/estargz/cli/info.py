@@ -72,13 +72,16 @@ def describe_installation() -> dict[str, Any]:
 def table_of(installation: dict[str, Any]) -> str:
     lines = [f"estargz {installation['version']} on {installation['machine']}, CPU of class {installation['cpu']}", ""]
     lines += [f"{name:<12} {of['version']:<9} {of['file']}" for name, of in installation["libraries"].items()]
-    lines += ["", f"{'level':<12} {'estargz, gzip':<27} with --portable"]
+    rows = [("level", "estargz, gzip", "", "with --portable")]
     for row in installation["levels"]:
         shown = row["encoder"] + (" *" if row["level"] == DEFAULT_LEVEL else "")
+        note = "depends on the CPU" if row["depends_on_cpu"] else ""
         portable = (row["portable_encoder"] or "none") + (" *" if row["level"] == DEFAULT_PORTABLE_LEVEL else "")
-        note = "  depends on the CPU" if row["depends_on_cpu"] else ""
-        lines.append(f"{row['level']:<12} {shown:<27} {portable:<27}{note}".rstrip())
-    return "\n".join([*lines, f"{'zstd':<12} {installation['zstd_encoder']:<27} the same"])
+        rows.append((row["level"], shown, note, portable))
+    rows.append(("zstd", installation["zstd_encoder"], "", "the same"))
+    return "\n".join(
+        [*lines, "", *(f"{level:<12} {shown:<27} {note:<19} {portable}" for level, shown, note, portable in rows)]
+    )
 
 
 def describe(blob: Blob) -> dict[str, Any]:
