@@ -533,6 +533,21 @@ def test_signals_in_the_middle(tmp_path: Path, number: signal.Signals, status: i
     assert names_in(tmp_path) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("words", ["build tar -o dest/file", "unpack tar -o dest/file", "record -o dest/file true"])
+def test_signals_while_a_file_gets_its_name(tmp_path: Path, words: str, number: signal.Signals) -> None:
+    """Between the two calls that replace the target there is a name beside it."""
+    (tmp_path / "tar").write_bytes(SMALL)
+    (tmp_path / "dest").mkdir()
+    (tmp_path / "dest" / "file").write_bytes(b"old")
+    code = f"import os; os.replace = lambda *_: os.kill(os.getpid(), {int(number)}); {PROGRAM[-1]}"
+    command = [sys.executable, "-c", code, *words.split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, timeout=20, check=False)
+    assert done.returncode == 128 + number, done.stderr
+    assert names_in(tmp_path / "dest") == ["file"]
+    assert (tmp_path / "dest" / "file").read_bytes() == b"old"
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("begun", [b"", SMALL[:700]])
 def test_signals_while_input_is_awaited(tmp_path: Path, number: signal.Signals, status: int, begun: bytes) -> None:

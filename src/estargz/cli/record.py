@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from estargz.cli.build import terminated_cleanly
 from estargz.errors import UsageError
 from estargz.recording import json_lines, plain_lines, record
 from estargz.writing.sink import open_sink
@@ -24,7 +25,7 @@ def command(command: tuple[str, ...], output: str, root: str, plain: bool, until
     """
     if output == "-":
         raise UsageError("standard output belongs to the command; name a file with -o")
-    with open_sink(output) as sink:
+    with terminated_cleanly(), open_sink(output) as sink:
         recorded = record(command, root=root, until_exit=until_exit, adopt_orphans=True)
         for line in (plain_lines if plain else json_lines)(recorded.paths):
             sink.write(line)

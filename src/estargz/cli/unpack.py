@@ -6,6 +6,7 @@ import sys
 
 import click
 
+from estargz.cli.build import terminated_cleanly
 from estargz.reading import blob as blobs
 from estargz.writing.sink import open_sink
 
@@ -19,7 +20,8 @@ def command(blob: str, output: str) -> None:
     An ordinary gzip, zstd or uncompressed layer is written inflated. A file appears under its name only when complete.
     """
     block = memoryview(bytearray(1 << 20))
-    with blobs.open_tar(blob) as tar, open_sink(sys.stdout.buffer if output == "-" else output) as sink:
+    dest = sys.stdout.buffer if output == "-" else output
+    with terminated_cleanly(), blobs.open_tar(blob) as tar, open_sink(dest) as sink:
         while count := tar.readinto(block):
             sink.write(bytes(block[:count]))
     sys.stdout.flush()
