@@ -377,10 +377,10 @@ class Usual:
 
 
 def calls_of(log: str) -> list[Call]:
-    """What strace has seen, each once."""
+    """What strace has seen, each once. It also shows calls that are too new for it to have a name for."""
     counts: Counter[tuple[str, str]] = Counter()
     found = set()
-    for thread, name in re.findall(r"^(\d+) +(\w+)\(", log, re.MULTILINE):
+    for thread, name in re.findall(rf"^(\d+) +({CALLS.replace(',', '|')})\(", log, re.MULTILINE):
         counts[thread, name] += 1
         found.add((name, counts[thread, name]))
     return sorted(found)
