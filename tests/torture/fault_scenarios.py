@@ -392,6 +392,17 @@ def look(place: Place) -> str:
     return "done"
 
 
+def hopes_for_the_disk(place: Place, stack: ExitStack) -> Run:
+    def run() -> object:
+        with (place.out / "file").open("wb") as file, suppress(OSError):
+            file.write(b"content")
+            file.flush()
+            os.fsync(file.fileno())
+        return "done"
+
+    return run
+
+
 def tries_for_ever(place: Place, stack: ExitStack) -> Run:
     def run() -> object:
         while True:
@@ -504,6 +515,7 @@ CARELESS = (
     (ignores_an_error, "openat:0:ENOSPC", "incomplete"),
     (leaves_a_temporary_file, "rename:0:EIO", "left behind"),
     (trusts_a_count, "read:0:half", "wrong result"),
+    (hopes_for_the_disk, "fsync:0:EIO", "not noticed"),
     (tries_for_ever, "openat:0:EIO+", "hangs"),
     (dies, "openat:0:EMFILE", "died"),
     (closes_twice, "close:0:EIO", "was not open"),

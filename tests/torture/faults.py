@@ -309,6 +309,8 @@ def judge(
             yield f"wrong result, {fact!r:.200} instead of {scenario.fact!r:.200}"
         if not scenario.complete(after):
             yield f"incomplete: {different(after, scenario.after)}"
+        if fault.call == "fsync" and not fault.unnoticed:  # fdatasync is SQLite's
+            yield "not noticed: what is not on the disk may be lost"
     else:
         if fault.call != "any allocation":
             reason = unclear(error, fault)
