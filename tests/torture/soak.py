@@ -150,9 +150,9 @@ class Soak:
         damaged[left % len(damaged)] ^= 255
         source, dest = self.rng.choice(
             [
-                (io.BytesIO(self.tar[:left]), io.BytesIO()),
+                (io.BytesIO(self.tar[:left]), self.folder / "out"),
                 (io.BytesIO(damaged), io.BytesIO()),
-                (Failing(self.tar, left), io.BytesIO()),
+                (Failing(self.tar, left), self.folder / "out"),
                 (io.BytesIO(self.tar), Failing(b"", left // 2)),
                 (self.folder / "tree", self.folder / "gone" / "out"),
                 (self.folder / "nothing", io.BytesIO()),
