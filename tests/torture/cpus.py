@@ -91,7 +91,7 @@ def measured(name: str, python: list[str], tar: Path, quick: bool, outcome: Outc
 def compare(of_cpus: Mapping[str, Found], outcome: Outcome) -> list[str]:
     """One line a level: which CPUs give the same bytes. Notes what contradicts what is said of the encoders."""
     lines = []
-    for level in next(iter(of_cpus.values())):
+    for level in next(iter(of_cpus.values()), {}):
         groups: dict[str, list[str]] = {}
         said: dict[str, str] = {}
         for cpu, found in of_cpus.items():

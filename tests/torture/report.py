@@ -11,14 +11,16 @@ from outcome import RESULTS
 def main(parts: list[str]) -> None:
     lines = ["| part | command | seconds | counts | defects |", "|---|---|---|---|---|"]
     for part in parts:
-        if not (RESULTS / f"{part}.json").exists():
-            lines.append(f"| {part} | ended without a result | | | |")
+        path = RESULTS / f"{part}.json"
+        if not path.exists():
+            lines.append(f"| {part} | | | | ended early |")
             continue
-        facts = json.loads((RESULTS / f"{part}.json").read_text())
+        facts = json.loads(path.read_text())
         counts = ", ".join(f"{number:,} {what}" for what, number in facts["counts"].items())
         lines.append(f"| {part} | `{facts['command']}` | {facts['seconds']:.0f} | {counts} | {len(facts['defects'])} |")
         lines += [f"| | | | {defect.replace('|', '/')} | |" for defect in facts["defects"]]
     table = "\n".join(lines) + "\n"
+    RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "report.md").write_text(table)
     print("\n" + table, end="")
 

@@ -145,6 +145,8 @@ def _fuzz(outcome: Outcome, driver: Path, name: str, seconds: float | None) -> N
             outcome.count(what, int(executed[1]) if executed else 0)
         if status:
             outcome.defect(f"{name}: {_what(log)}")
+        elif not executed or not int(executed[1]):
+            outcome.defect(f"{name}: nothing was executed")
         if time.monotonic() >= end:
             return
 
