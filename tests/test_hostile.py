@@ -7,6 +7,7 @@ import io
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,10 @@ from estargz.registry.auth import parse_challenges
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "torture"))
-import hostile_inputs as inputs  # noqa: E402  which lies beside the program that measures with it
+import hostile  # noqa: E402  a program, and what makes its inputs
+import hostile_inputs as inputs  # noqa: E402
 
+HEADING = "| hazard | here | proof |"
 MESSAGE_MOST = 4000  # characters: two names, and what happened
 
 
@@ -141,6 +144,28 @@ def test_components_that_amplify_are_bounded(tmp_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# hash tables
+
+
+def seconds_for_names(names: list[bytes]) -> float:
+    """What it takes to build a layer of them and to find one in its table."""
+    tar, sink = b"".join(map(inputs.head, names)) + END, io.BytesIO()
+    begun = time.process_time()
+    estargz.build(io.BytesIO(tar), sink, threads=1)
+    with estargz.open(sink.getvalue()) as blob:
+        blob.stat(names[-1].decode())
+    return time.process_time() - begun
+
+
+@pytest.mark.measured
+def test_names_that_collide_elsewhere_cost_no_more() -> None:
+    """Each of the two halves would be one chain, in tables whose hashes multiply by 31 or by 33, and add."""
+    colliding = [head[:100].rstrip(b"\0") for head in inputs.colliding_names(60_000)]
+    usual = [b"%040d" % number for number in range(len(colliding))]
+    assert seconds_for_names(colliding) < 4 * seconds_for_names(usual) + 0.5
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # tables of contents in the making
 
 
@@ -223,13 +248,30 @@ def stated_tests() -> Iterator[tuple[str, str]]:
 
 def test_the_list_of_hazards_names_tests_that_exist() -> None:
     stated = list(stated_tests())
-    assert len(stated) > 80
+    assert len(stated) > 150
     missing = [
         f"{file}: {name}"
         for file, name in stated
         if not re.search(rf"^(?:async )?def {name}\(", (ROOT / "tests" / file).read_text(), re.MULTILINE)
     ]
     assert not missing
+
+
+def test_each_hazard_of_the_list_is_proved() -> None:
+    text = (ROOT / "docs" / "hazards.md").read_text().partition("## Limits")[0]
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and line != HEADING]
+    assert len(rows) > 80
+    assert [row[0] for row in rows if len(row) != 3 or not re.search(r"`test_\w+\.py`: `", row[2])] == []
+
+
+def test_the_worst_inputs_that_the_list_names_are_measured() -> None:
+    text = (ROOT / "docs" / "hazards.md").read_text()
+    cases = "\n".join(case.name for case in hostile.CASES)
+    named = [
+        name for names in re.findall(r"\*hostile\*: ((?:\"[^\"]+\"(?:, )?)+)", text) for name in names.split('"')[1::2]
+    ]
+    assert len(named) > 30
+    assert [name for name in named if name.strip(". ") not in cases] == []
 
 
 def test_each_test_here_is_in_the_list() -> None:

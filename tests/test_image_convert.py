@@ -329,6 +329,19 @@ def test_a_blob_that_is_listed_twice_is_described_twice(scratch: Path) -> None:
     assert done.descriptor.digest == twice.root["digest"]
 
 
+@pytest.mark.parametrize("compression", ["estargz", "zstd"])
+def test_no_layer_is_of_two_lazy_formats(compression: str, scratch: Path) -> None:
+    """A descriptor that states an eStargz table and zstd:chunked's, too, is an error to containers/storage."""
+    source = image((images.FILES[0],))
+    manifest = source.document
+    prefixes = ("io.github.containers.zstd-chunked", "io.containers.zstd-chunked")
+    chunked = {f"{prefix}.manifest-checksum": sha256(b"") for prefix in prefixes}
+    manifest["layers"][0]["annotations"] = chunked | {f"{prefixes[0]}.manifest-position": "1:2:3:1"}
+    _, document, _ = converted(with_root(source, manifest), scratch, compression=compression)
+    (layer,) = document["layers"]
+    assert set(layer.get("annotations", {})) == ({TOC_DIGEST, UNCOMPRESSED_SIZE} if compression == "estargz" else set())
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [({"level": 3}, "a level is of a compression"), ({"tags": ["x"]}, "only images of a registry have further tags")],

@@ -199,9 +199,9 @@ def entries_below_links(n: int) -> Iterator[bytes]:
 
 
 def colliding_names(n: int) -> Iterator[bytes]:
-    """The same for every hash that multiplies by 31 or 33 and adds; a common one."""
-    pairs = [[b"Ez", b"FY"] if i % 2 else [b"Aa", b"BB"] for i in range(20)]
-    return (head(b"".join(name)) for name in itertools.islice(itertools.product(*pairs), n))
+    """One half has one hash where hashes multiply by 31 and add, the other where they multiply by 33: common ones."""
+    for pair in ((b"Aa", b"BB"), (b"Ez", b"FY")):
+        yield from (head(b"".join(name)) for name in itertools.islice(itertools.product(pair, repeat=20), n // 2))
 
 
 def replaced_directories(n: int) -> Iterator[bytes]:
