@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import IS_ROOT
+from conftest import IS_ROOT, missing
 from tars import END, blob_of, entry, in_thread, nothing_leaks
 from trees import Tree
 
@@ -489,7 +489,8 @@ def interpreters() -> Any:
     for name in ("_interpreters", "_xxsubinterpreters"):
         with contextlib.suppress(ImportError):
             return import_module(name)
-    return pytest.skip("this kernel of CPython has no module for subinterpreters")
+    missing("this interpreter has no module for subinterpreters")
+    return None
 
 
 @pytest.mark.parametrize("isolated", [True, False])
