@@ -7,10 +7,11 @@ import io
 import os
 import random
 import resource
+import subprocess
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,26 @@ def test_many_names_of_one_inode(peer: Path, trees: tuple[Tree, Tree]) -> None:
     upper.link("z", "a")
     stream = entries(check(peer, upper.root, lower.root))
     assert stream[:3] == ["z", "a => z", "a00000 => z"] and stream[-1] == "a19999 => z" and len(stream) == 20_002
+
+
+def test_file_systems_that_number_inodes_alike(root: None, trees: tuple[Tree, Tree]) -> None:
+    """containerd's differ makes the second one's files links to the first one's."""
+    tree = trees[1].root
+    with ExitStack() as stack:
+        for name in ("one", "other"):
+            (tree / name).mkdir()
+            mounted = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", tree / name], capture_output=True, check=False)
+            if mounted.returncode:
+                pytest.skip("the file system of this machine does not let another one be mounted")
+            stack.callback(subprocess.run, ["umount", tree / name], check=True)
+            (tree / name / "file").write_text(name)
+            os.link(tree / name / "file", tree / name / "link")
+        assert (tree / "one/file").stat().st_ino == (tree / "other/file").stat().st_ino
+        with tarfile.open(fileobj=io.BytesIO(our_tar(tree))) as archive:
+            for name in ("one", "other"):
+                assert archive.getmember(f"{name}/link").linkname == f"{name}/file"
+                member = archive.extractfile(f"{name}/file")
+                assert member is not None and member.read() == name.encode()
 
 
 def test_unreadable_empty_file_is_no_failure(trees: tuple[Tree, Tree]) -> None:

@@ -147,8 +147,8 @@ cdef class TreeWalk:
     cdef buffer frames              # frame
     cdef buffer path                # of the directory or entry at hand, without leading slash
     cdef byte_map written           # directories in the layer, and everything that came first or waits since then
-    cdef byte_map first_names       # inode -> position in link_names: the name it was first written under
-    cdef byte_map waiting_names     # inode -> position in link_names: the last of its names not written yet
+    cdef byte_map first_names       # device, inode -> position in link_names: the name it was first written under
+    cdef byte_map waiting_names     # the same -> position in link_names: the last of its names not written yet
     cdef buffer link_names
     cdef buffer target              # of the symbolic link at hand
     cdef buffer component           # of the path that is sought, NUL-terminated
@@ -803,7 +803,7 @@ cdef class TreeWalk:
         if code:
             return code
         if not S_ISDIR(found.st_mode) and found.st_nlink > 1:
-            code = self.resolve_link(kind, found.st_ino, &entry, &waiting)
+            code = self.resolve_link(kind, found, &entry, &waiting)
             if code == LINK_WAITS:
                 # The walk must not let it wait a second time.
                 if self.seeking and not self.note(entry.name, entry.name_len, IS_WAITING):
@@ -949,15 +949,19 @@ cdef class TreeWalk:
 
     # --------------------------------------------------------------------------------------------- hard links
 
-    cdef int resolve_link(self, int kind, uint64_t inode, tar_entry *entry, int64_t *waiting) noexcept nogil:
+    cdef int resolve_link(self, int kind, const struct_stat *found, tar_entry *entry, int64_t *waiting) noexcept nogil:
         """Makes the entry a link if its inode has been written, else makes it the one that others will link to.
 
         An unmodified name that has nothing to link to waits: LINK_WAITS. `waiting`: the last name that waits for this
-        inode, or -1.
+        inode, or -1. Inodes are told apart by their device, too: mounts number theirs alike. containerd's differ, which
+        does not, would give a file another one's content there.
         """
-        cdef int64_t *first = map_find(&self.first_names, &inode, sizeof(inode))
+        cdef uint64_t inode[2]
+        cdef int64_t *first
         cdef int64_t *waiters
         cdef int64_t position = self.link_names.size
+        inode[0], inode[1] = found.st_dev, found.st_ino
+        first = map_find(&self.first_names, inode, sizeof(inode))
         if first != NULL:
             link_name(self.link_names.data, first[0], &entry.link, &entry.link_len)
             entry.type = c'1'
@@ -966,14 +970,14 @@ cdef class TreeWalk:
         if not self.keep_link_name(entry.name, entry.name_len):
             return self.failed(EST_NO_MEMORY, 0)
         if kind == CHANGE_UNMODIFIED:
-            waiters = map_insert(&self.waiting_names, &inode, sizeof(inode), -1)
+            waiters = map_insert(&self.waiting_names, inode, sizeof(inode), -1)
             if waiters == NULL:
                 return self.failed(EST_NO_MEMORY, 0)
             self.chain(waiters, position)
             return LINK_WAITS
-        if map_insert(&self.first_names, &inode, sizeof(inode), position) == NULL:
+        if map_insert(&self.first_names, inode, sizeof(inode), position) == NULL:
             return self.failed(EST_NO_MEMORY, 0)
-        waiters = map_find(&self.waiting_names, &inode, sizeof(inode))
+        waiters = map_find(&self.waiting_names, inode, sizeof(inode))
         if waiters != NULL:
             waiting[0] = waiters[0]
         return EST_OK

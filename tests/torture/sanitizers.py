@@ -228,6 +228,7 @@ def count_reports(build: Build, outcome: Outcome) -> None:
 
 def run_leaks(outcome: Outcome, step: int) -> None:
     """Failing constructors and builds that do not end well; every one, or every stepth."""
+    clear_reports(ASAN)
     run_program(
         outcome,
         "leaks",
