@@ -62,6 +62,8 @@ class Build:
     library: str
     patience: int
     """How many times slower a test may be."""
+    left_out: tuple[str, ...] = ()
+    """Tests that the sanitizer itself does not survive."""
 
     @property
     def folder(self) -> Path:
@@ -77,7 +79,10 @@ class Build:
 
 
 ASAN = Build("asan", "address,undefined", "libasan.so", patience=5)
-TSAN = Build("tsan", "thread", "libtsan.so", patience=15)
+# In a forked child whose last thread is not its first, that thread's end runs exit handlers, and OpenSSL's allocates: by then
+# ThreadSanitizer has forgotten the thread, and looks for its memory at an address that is none.
+LAST_THREADS = tuple(f"tests/test_embedding.py::test_fork_within_a_build[{pooled}-write]" for pooled in (False, True))
+TSAN = Build("tsan", "thread", "libtsan.so", patience=15, left_out=LAST_THREADS)
 BUILDS = (ASAN, TSAN)
 
 
@@ -175,6 +180,7 @@ def run_tests(build: Build, outcome: Outcome, arguments: Sequence[str]) -> None:
     results.unlink(missing_ok=True)
     command = [str(build.python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not measured"]
     command += ["--ignore-glob=tests/test_bench_*", f"--junitxml={results}", *arguments]
+    command += [f"--deselect={test}" for test in build.left_out]
     search = f"{build.python.parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
     environment = {**os.environ, "PATH": search, "ESTARGZ_TEST_PATIENCE": str(build.patience)}
     environment.pop("CI", None)  # the ordinary run of the tests sees to it that nothing is skipped
