@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import repeat
 from pathlib import Path
 
 from outcome import ROOT, Outcome, parser
@@ -34,14 +35,6 @@ from outcome import ROOT, Outcome, parser
 SANITIZING = Path("tests/torture/sanitizing")
 SUPPRESSIONS = ROOT / "tests" / "torture" / "suppressions"
 PROGRAMS = ("peer", "stargz", "buildkit")
-QUICK_TESTS = (
-    "test_tar.py",
-    "test_writer.py",
-    "test_pool.py",
-    "test_inflate_parallel.py",
-    "test_extract.py",
-    "test_faults.py",
-)
 SLOW_SWEEPS = (
     "truncation_anywhere",
     "like_gzip",
@@ -62,6 +55,8 @@ class Build:
     library: str
     patience: int
     """How many times slower a test may be."""
+    quick: tuple[str, ...]
+    """Files of tests that say most here."""
     left_out: tuple[str, ...] = ()
     """Tests that the sanitizer itself does not survive."""
 
@@ -78,11 +73,13 @@ class Build:
         return self.folder / "reports"
 
 
-ASAN = Build("asan", "address,undefined", "libasan.so", patience=5)
+ASAN = Build("asan", "address,undefined", "libasan.so", patience=5, quick=("tar", "writer", "extract"))
 # In a forked child whose last thread is not its first, that thread's end runs exit handlers, and OpenSSL's allocates: by then
 # ThreadSanitizer has forgotten the thread, and looks for its memory at an address that is none.
 LAST_THREADS = tuple(f"tests/test_embedding.py::test_fork_within_a_build[{pooled}-write]" for pooled in (False, True))
-TSAN = Build("tsan", "thread", "libtsan.so", patience=15, left_out=LAST_THREADS)
+TSAN = Build(
+    "tsan", "thread", "libtsan.so", patience=15, quick=("pool", "inflate_parallel", "embedding"), left_out=LAST_THREADS
+)
 BUILDS = (ASAN, TSAN)
 
 
@@ -265,8 +262,12 @@ def run_program(outcome: Outcome, name: str, command: list[str], settings: dict[
         outcome.defect(f"{name}: status {done.returncode}: {done.stderr.strip()[-3000:]}")
 
 
-def quick_tests() -> list[str]:
-    return [*(f"tests/{name}" for name in QUICK_TESTS), "-k", " and ".join(f"not {name}" for name in SLOW_SWEEPS)]
+def quick_tests(build: Build) -> list[str]:
+    return [
+        *(f"tests/test_{name}.py" for name in build.quick),
+        "-k",
+        " and ".join(f"not {name}" for name in SLOW_SWEEPS),
+    ]
 
 
 def main() -> int:
@@ -277,12 +278,13 @@ def main() -> int:
     outcome = Outcome("sanitizers", chosen.quick)
     wanted = [chosen.only] if chosen.only else ["asan", "tsan", "leaks", "valgrind"]
     builds = [build for build in BUILDS if build.name in wanted or (build is ASAN and "leaks" in wanted)]
-    tests = chosen.tests or (quick_tests() if chosen.quick else [])
+    tested = [build for build in builds if build.name in wanted]
     with ThreadPoolExecutor(2) as both:
         list(both.map(made, builds))
-        list(both.map(lambda build: run_tests(build, outcome, tests), [b for b in builds if b.name in wanted]))
+        some = [chosen.tests or (quick_tests(build) if chosen.quick else []) for build in tested]
+        list(both.map(run_tests, tested, repeat(outcome), some))
         if "leaks" in wanted:
-            run_leaks(outcome, 16 if chosen.quick else 1)
+            run_leaks(outcome, 32 if chosen.quick else 1)
         if "valgrind" in wanted:
             run_valgrind(outcome)
     return outcome.close()
