@@ -55,6 +55,8 @@ class Build:
     library: str
     patience: int
     """How many times slower a test may be."""
+    careless: tuple[str, ...]
+    """Functions of careless.c that must be reported."""
     quick: tuple[str, ...]
     """Files of tests that say most here."""
     left_out: tuple[str, ...] = ()
@@ -73,12 +75,25 @@ class Build:
         return self.folder / "reports"
 
 
-ASAN = Build("asan", "address,undefined", "libasan.so", patience=5, quick=("tar", "writer", "extract"))
+ASAN = Build(
+    "asan",
+    "address,undefined",
+    "libasan.so",
+    patience=5,
+    careless=("reads_behind", "overflows"),
+    quick=("tar", "writer", "extract"),
+)
 # In a forked child whose last thread is not its first, that thread's end runs exit handlers, and OpenSSL's allocates: by then
 # ThreadSanitizer has forgotten the thread, and looks for its memory at an address that is none.
 LAST_THREADS = tuple(f"tests/test_embedding.py::test_fork_within_a_build[{pooled}-write]" for pooled in (False, True))
 TSAN = Build(
-    "tsan", "thread", "libtsan.so", patience=15, quick=("pool", "inflate_parallel", "embedding"), left_out=LAST_THREADS
+    "tsan",
+    "thread",
+    "libtsan.so",
+    patience=15,
+    careless=("races",),
+    quick=("pool", "inflate_parallel", "embedding"),
+    left_out=LAST_THREADS,
 )
 BUILDS = (ASAN, TSAN)
 
@@ -170,8 +185,23 @@ def settings_of(build: Build) -> dict[str, str]:
 # --- what runs in them
 
 
+def check_itself(build: Build, outcome: Outcome) -> None:
+    """Careless functions must be found out."""
+    library = build.folder / "build" / "careless.so"
+    flags = [f"-fsanitize={build.sanitize}", "-g", "-shared", "-fPIC"]
+    subprocess.run(["gcc", *flags, "-o", library, build.folder / SANITIZING / "careless.c"], check=True)
+    for name in build.careless:
+        clear_reports(build)
+        code = f"import ctypes; ctypes.CDLL({str(library)!r}).{name}()"
+        subprocess.run(unmoved([str(build.python), "-c", code]), stderr=subprocess.DEVNULL, check=False)
+        if not any(name in report.read_text(errors="replace") for report in build.reports.iterdir()):
+            outcome.defect(f"{build.name}: {name}() in careless.c was not found out")
+        outcome.count("careless functions found out")
+
+
 def run_tests(build: Build, outcome: Outcome, arguments: Sequence[str]) -> None:
     """The tests that pytest's arguments name; every failure and every report is a defect."""
+    check_itself(build, outcome)
     clear_reports(build)
     results = build.folder / "build" / "results.xml"
     results.unlink(missing_ok=True)
