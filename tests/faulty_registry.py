@@ -507,9 +507,14 @@ class CuttingProxy:
         with contextlib.suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
-                server = socket.create_connection(self._upstream)
-                for source, target, limits in ((client, server, self.up), (server, client, self.down)):
-                    threading.Thread(target=self._pass, args=(source, target, limits), daemon=True).start()
+                threading.Thread(target=self._relay, args=(client,), daemon=True).start()
+
+    def _relay(self, client: socket.socket) -> None:
+        with contextlib.suppress(OSError), client, socket.create_connection(self._upstream) as server:
+            back = threading.Thread(target=self._pass, args=(server, client, self.down), daemon=True)
+            back.start()
+            self._pass(client, server, self.up)
+            back.join()  # neither is closed while the other is in it
 
     def _pass(self, source: socket.socket, target: socket.socket, limits: list[int]) -> None:
         passed = 0
@@ -529,7 +534,6 @@ class CuttingProxy:
         for one in (source, target):
             with contextlib.suppress(OSError):
                 one.shutdown(socket.SHUT_RDWR)
-            one.close()
 
 
 @contextmanager

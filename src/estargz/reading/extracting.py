@@ -217,13 +217,10 @@ def _handles() -> int:
 @contextmanager
 def _open_directory(path: str | os.PathLike[str]) -> Iterator[tuple[int, bool]]:
     """A handle of the directory, and whether it was made now; such a one is removed after a failure, once empty."""
-    made = False
-    with suppress(FileExistsError):
-        os.mkdir(path, 0o700)
-        made = True
+    made = not os.path.lexists(path)  # asked before: as soon as it is there, a signal may come
     try:
         if made:
-            os.chmod(path, 0o700)  # whatever the umask
+            made = _make_directory(path)
         with open_folder(Path(path)) as handle:
             yield handle, made
     except BaseException:
@@ -231,6 +228,16 @@ def _open_directory(path: str | os.PathLike[str]) -> Iterator[tuple[int, bool]]:
             with suppress(OSError):  # somebody else has put something in it
                 os.rmdir(path)
         raise
+
+
+def _make_directory(path: str | os.PathLike[str]) -> bool:
+    """Whether nobody else has made it meanwhile."""
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        return False
+    os.chmod(path, 0o700)  # whatever the umask
+    return True
 
 
 def _skipped(extractor: Extractor) -> Iterator[tuple[str, str]]:
