@@ -6,6 +6,7 @@ import array
 import base64
 import contextlib
 import email.utils
+import errno
 import gc
 import hashlib
 import io
@@ -26,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -40,6 +41,7 @@ from tars import in_thread, nothing_leaks
 
 import estargz
 from estargz.errors import BlobError, RangeError, UsageError
+from estargz.http import Deadline
 from estargz.reading.cache import CachedSource
 from estargz.reading.http import HttpSource
 from estargz.reading.source import SeekReader, Window, open_source
@@ -260,6 +262,29 @@ def test_connections_are_kept(server: Server) -> None:
             source.read_at(offset, 1000)
         ports = {exchange.handler.client_address for exchange in server.seen}
         assert (len(server.seen), len(ports)) == (20, 1)
+
+
+def test_a_connection_that_cannot_be_asked_is_replaced(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, and it is closed: else it would be open until the collector comes."""
+
+    def fails(*_: object, **__: object) -> bool:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    pauses = Pauses()
+    with opened(server, sleep=pauses) as source:
+        source.read_at(0, 1000)
+        with nothing_leaks():
+            monkeypatch.setattr(urllib3.connection, "wait_for_read", fails)
+            assert source.read_at(1000, 1000) == DATA[1000:2000]
+        assert pauses == []
+        assert len({exchange.handler.client_address for exchange in server.seen}) == 2
+
+
+def test_a_connection_that_cannot_be_held_is_left_alone() -> None:
+    """The descriptor of a pipe is none that a socket can be made of."""
+    reading, writing = os.pipe()
+    with open(reading, "rb") as pipe, open(writing, "wb"), nothing_leaks(), pytest.raises(OSError, match="non-socket"):
+        Deadline(1.0).hold(cast("Any", pipe))
 
 
 def test_range_that_cannot_be(whole: HttpSource) -> None:

@@ -127,7 +127,7 @@ def answer_with(data: bytes, kind: str = OCI_MANIFEST, **headers: object) -> Cal
         (answer_with(b" " * (5 << 20)), RegistryError, "answers with more than 4194304 bytes"),
         (status(403, "DENIED"), RegistryError, "GET manifest v1: 403 Forbidden, DENIED; check the credentials"),
         (status(429), RegistryError, "429 Too Many Requests, after 5 attempts; try again later"),
-        (Exchange.hang_up, RegistryError, "the connection broke, after 5 attempts; check the network"),
+        (Exchange.hang_up, RegistryError, "the connection broke(: [A-Z][a-z ]+)?, after 5 attempts; check the network"),
     ],
 )
 def test_manifests_that_are_refused(

@@ -137,15 +137,20 @@ def _cause(error: HTTPError) -> str:
     if isinstance(error, NameResolutionError):
         return "its host name cannot be resolved"
     if isinstance(error, NewConnectionError):
-        reason = getattr(error.__cause__, "strerror", None)
-        return f"cannot be connected to{f': {reason}' if reason else ''}"
+        return f"cannot be connected to{_because(error.__cause__)}"
     if isinstance(error, TimeoutError):
         return "no answer in time"
     if isinstance(error, SSLError):
         return printable(f"TLS failed: {getattr(error.args[0], 'verify_message', '') or error.args[0]}")
     if isinstance(error, ProtocolError):
-        return "the connection broke"
+        return f"the connection broke{_because(error.args[-1])}"
     return f"the answer is malformed ({type(error).__name__})"
+
+
+def _because(reason: object) -> str:
+    """The system's words, if it was the system."""
+    said = getattr(reason, "strerror", None)
+    return f": {said}" if said else ""
 
 
 def status_text(status: int) -> str:
@@ -336,7 +341,12 @@ class Deadline:
     def hold(self, connection: socket.socket) -> None:
         """Something is sent or read through it, until ``release``."""
         # A descriptor of its own: TLS takes the connection's away from it, and its number may come to mean something else.
-        own = socket.socket(fileno=os.dup(connection.fileno()))
+        handle = os.dup(connection.fileno())
+        try:
+            own = socket.socket(fileno=handle)  # asks the system for its kind, which may fail
+        except BaseException:
+            os.close(handle)
+            raise
         self.release()
         with self._holding:
             self._connection = own
@@ -427,6 +437,13 @@ class _Timed:
 
     response_class = _TimedResponse
     sock: socket.socket | None
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether it can be used again. One that cannot be asked is not: urllib3 would leave it to the collector."""
+        with suppress(OSError):
+            return bool(super().is_connected)  # type: ignore[misc]
+        return False
 
     def endheaders(self, *args: Any, **options: Any) -> None:
         super().endheaders(*args, **options)  # type: ignore[misc]
