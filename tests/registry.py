@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import threading
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -92,6 +93,30 @@ class Registry:
                 "layers": [descriptor for _, descriptor, _ in layers],
             },
         )
+
+    def held(self, repository: str, tag: str) -> dict[str, str]:
+        """The digests of what is served for a tag and for all that its manifest names, which are their names if all is well;
+        of a tag that is not there, nothing."""
+        try:
+            manifest = self._fetch(f"/v2/{repository}/manifests/{tag}")
+        except urllib.error.HTTPError as error:
+            if error.code != 404:
+                raise
+            return {}
+        document = json.loads(manifest)
+        names = [one["digest"] for one in (document["config"], *document["layers"])]
+        return {tag: sha256(manifest)} | {name: self._digest(f"/v2/{repository}/blobs/{name}") for name in names}
+
+    def _digest(self, path: str) -> str:
+        try:
+            return sha256(self._fetch(path))
+        except urllib.error.HTTPError as error:
+            return f"status {error.code}"
+
+    def _fetch(self, path: str) -> bytes:
+        request = urllib.request.Request(f"http://{self.host}{path}", headers={"Accept": MANIFEST})
+        with self._opener.open(request, timeout=ANSWER_SECONDS) as answer:
+            return bytes(answer.read())
 
     def _request(
         self, method: str, path: str, data: bytes | BinaryIO | None = None, headers: dict[str, str] | None = None

@@ -12,33 +12,43 @@ import io
 import os
 import random
 import stat
+import sys
 import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from outcome import ROOT
+
+sys.path.insert(0, str(ROOT / "tests"))
+
+from registry import Registry, registry
+
 import estargz
+import estargz.http
 from estargz.image.variants import VariantKey, VariantStore
 from estargz.options import Options
 from estargz.reading.cache import CachedSource
 from estargz.reading.source import open_source
 
 CAPABILITY = bytes.fromhex("0100000200040000000000000000000000000000")
+estargz.http._BACKOFF = 0.0  # pauses would take most of the time
 UNSHARED: list[int] = []  # descriptors that no forked process keeps
 Run = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Place:
-    """Directories: what is given, by ``given``, to all; where results go; and $TMPDIR."""
+    """Directories: what is given, by ``given``, to all; where results go; and $TMPDIR. Repositories that are pushed to."""
 
     given: Path
     out: Path
     tmp: Path
+    repositories: list[str] = field(default_factory=list)
 
     @classmethod
     def made(cls, given: Path, folder: Path) -> Place:
@@ -56,12 +66,27 @@ class Place:
             path.write_bytes(b"old")
         return path
 
+    @property
+    def registry(self) -> Registry:
+        """It keeps to itself what goes wrong here: it is another process."""
+        return Registry((self.given / "registry" / "host").read_text(), 0)
+
+    def repository(self) -> str:
+        """One of the registry that nobody else has."""
+        name = "place-" + hashlib.sha256(bytes(self.out)).hexdigest()[:16]
+        self.repositories.append(name)
+        return name
+
+    def pushed(self) -> dict[str, str]:
+        """What the registry has under the tag of each."""
+        return {key: value for name in self.repositories for key, value in self.registry.held(name, "1").items()}
+
 
 # ------------------------------------------------------------------------------------------------------- what is given
 
 
-def give(folder: Path) -> None:
-    """Makes all that scenarios begin with."""
+def give(folder: Path, stack: ExitStack) -> None:
+    """Makes all that scenarios begin with, and starts a registry that has an image."""
     rng = random.Random(17)
     grow(folder / "tree", rng)
     grow(folder / "lower", random.Random(17))
@@ -77,6 +102,15 @@ def give(folder: Path) -> None:
     (folder / "tar.gz").write_bytes(gzip.compress(tar, 1, mtime=0))
     estargz.build(folder / "tar", folder / "zst", compression="zstd")
     estargz.build(folder / "tree", folder / "esgz")
+    (folder / "registry").mkdir()
+    host = stack.enter_context(registry(folder / "registry")).host
+    (folder / "registry" / "host").write_text(host)
+    small(folder).export(f"type=image,name={host}/given:1,push=true,compression=estargz")
+
+
+def small(given: Path) -> estargz.Image:
+    """An image of two layers."""
+    return estargz.Image.new("linux/amd64").append(given / "tree" / "a" / "b").append(given / "tar.gz")
 
 
 def grow(tree: Path, rng: random.Random) -> None:
@@ -346,6 +380,33 @@ def exported(place: Place, line: str, dest: Path) -> Run:
     return run
 
 
+def push(place: Place, stack: ExitStack) -> Run:
+    name = f"{place.registry.host}/{place.repository()}:1"
+
+    def run() -> object:
+        with small(place.given) as image:
+            line = f"type=image,name={name},push=true,compression=estargz"
+            return image.export(line, pool=estargz.Pool(2)).descriptor.digest
+
+    return run
+
+
+def pull(place: Place, stack: ExitStack) -> Run:
+    source, dest = f"docker://{place.registry.host}/given:1", f"oci:{place.out}/layout:1"
+    return lambda: estargz.convert(source, dest, compression="zstd", pool=estargz.Pool(2)).descriptor.digest
+
+
+def read_url(place: Place, stack: ExitStack) -> Run:
+    found = place.registry.held("given", "1")
+    url = f"http://{place.registry.host}/v2/given/blobs/{list(found)[-1]}"
+
+    def run() -> object:
+        with estargz.open(url) as blob:
+            return blob.listdir("a"), hashlib.sha256(blob.read("a/text")).hexdigest(), blob.read("hard").hex()
+
+    return run
+
+
 # ------------------------------------------------------------------------------------------------------------- careless
 
 
@@ -507,6 +568,9 @@ SCENARIOS = (
     variants,
     image_layout,
     image_archive,
+    push,
+    pull,
+    read_url,
 )
 
 # Careless function, the fault that shows it, and what must be found.

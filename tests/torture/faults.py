@@ -53,7 +53,11 @@ OUTCOMES: dict[str, str] = {
         "write pwrite64 writev pwritev pwritev2": "EINTR EIO ENOMEM ENOSPC ENOSPC+ EDQUOT one half half+",
         "copy_file_range": "EINTR EIO ENOSPC EXDEV EXDEV+ ENOSYS+ EOPNOTSUPP+ one half half+",
         "sendfile": "EINTR EIO EINVAL+ ENOMEM one half",
-        "sendto recvfrom": "EINTR EIO ECONNRESET one half",
+        "sendto sendmsg": "EINTR ECONNRESET ECONNRESET+ EPIPE ENOBUFS ENOMEM one half half+",
+        "recvfrom recvmsg": "EINTR ECONNRESET ECONNRESET+ ETIMEDOUT ENOMEM one half half+",
+        "connect": "EINTR ECONNREFUSED ECONNREFUSED+ ECONNRESET ENETUNREACH ETIMEDOUT EADDRNOTAVAIL",
+        "shutdown": "ENOTCONN",
+        "getsockopt setsockopt getsockname getpeername bind": "ENOBUFS ENOBUFS+ ENOMEM",
         "sync_file_range": "EIO ENOSPC ENOSYS+",
         "fsync fdatasync": "EINTR EIO EIO+ ENOSPC EDQUOT",
         "close": "EINTR EIO ENOSPC",
@@ -72,8 +76,9 @@ OUTCOMES: dict[str, str] = {
         "chmod fchmod fchmodat fchmodat2 chown fchown lchown fchownat utimensat": "EIO EPERM EROFS",
         "mmap": "ENOMEM ENOMEM+",
         "mprotect munmap mremap brk": "ENOMEM",
-        "pipe2 dup eventfd2 socket": "EMFILE ENFILE",
-        "fcntl": "EMFILE ENOLCK",
+        "pipe2 dup eventfd2": "EMFILE ENFILE",
+        "socket": "EMFILE EMFILE+ ENFILE ENOBUFS ENOMEM EACCES",
+        "fcntl": "EMFILE EMFILE+ ENOLCK",
         "flock": "EINTR ENOLCK",
         "poll ppoll select pselect6 epoll_wait": "EINTR ENOMEM",
         "lseek ioctl": "EIO",
@@ -246,6 +251,11 @@ def tree_of(folder: Path) -> dict[str, str]:
     return found
 
 
+def left_at(place: Any) -> dict[str, str]:
+    """Everything that a scenario has made, here and in a registry."""
+    return tree_of(place.out) | {f"pushed {name}": digest for name, digest in place.pushed().items()}
+
+
 def unclear(error: BaseException, fault: Fault) -> str | None:
     """Why an error is no clear one; None if it is."""
     from estargz import EstargzError
@@ -264,6 +274,7 @@ def unclear(error: BaseException, fault: Fault) -> str | None:
     causes = [os.strerror(getattr(errno, fault.how)) if hasattr(errno, fault.how) else what]
     causes += ["out of memory"] if fault.how == "ENOMEM" else []
     causes += [os.strerror(errno.EAGAIN)] if fault.call in ("mmap", "mprotect") else []  # says pthread_create() for it
+    causes += ["the connection broke"] if fault.call == "sendto" else []  # then urllib3 tells only how the answer ended
     said = any(cause in text for cause in (*causes, *WORDS_OF_OTHERS))
     return None if said else f"error without its cause, {what}"
 
@@ -303,7 +314,7 @@ def judge(
     scenario: Any, fault: Fault, error: BaseException | None, fact: object, place: Any, before: Any
 ) -> Iterator[str]:
     """What is wrong with how a fault ended."""
-    after = tree_of(place.out)
+    after = left_at(place)
     if error is None:
         if fact != scenario.fact:
             yield f"wrong result, {fact!r:.200} instead of {scenario.fact!r:.200}"
@@ -354,7 +365,7 @@ class Scenario:
 
     def untouched(self, before: dict[str, str], after: dict[str, str]) -> bool:
         """Whether an error left all as it was, or, by a hair's breadth, as it was to be."""
-        if self.name in ("variants", "image_layout"):  # blobs, and what makes a layout of a directory, may stay
+        if self.name in ("variants", "image_layout", "pull"):  # blobs, and what makes a layout of a directory, may stay
             return not any(name.endswith(".tmp") for name in after)
         if self.name in ("extract_two", "pool"):  # what is complete may stay
             return all(self.after.get(name) == content for name, content in after.items())
@@ -380,7 +391,7 @@ def attempt(
     injector.install()
     with ExitStack() as stack:
         run = scenario.prepare(place, stack)
-        before, tree = census(), tree_of(place.out)
+        before, tree = census(), left_at(place)
         gc.disable()
         injector.arm(fault, shown)
         try:
@@ -397,7 +408,7 @@ def attempt(
         fact = json.loads(json.dumps(fact))  # as it is compared
         verdict.counts, verdict.fired = injector.counts(), injector.fired
         after = settled_census(before[1])
-    verdict.fact, verdict.tree, verdict.error = fact, tree_of(place.out), "" if error is None else repr(error)
+    verdict.fact, verdict.tree, verdict.error = fact, left_at(place), "" if error is None else repr(error)
     if error is not None and shown:
         sys.excepthook(type(error), error, error.__traceback__)
     if fault is not None and fault.call == "any allocation":  # nor does the interpreter itself get over that
@@ -423,7 +434,7 @@ def once_more(scenario: Scenario, given: Path, folder: Path) -> Iterator[str]:
     except BaseException as error:
         yield f"and does not work again, {error!r}"
     else:
-        if fact != scenario.fact or not scenario.complete(tree_of(place.out)):
+        if fact != scenario.fact or not scenario.complete(left_at(place)):
             yield "and gives a wrong result again"
 
 
@@ -639,23 +650,25 @@ def main() -> int:
     chosen = arguments.parse_args()
     if "injector" not in os.environ.get("LD_PRELOAD", ""):
         start_preloaded()
+    subprocess.run([ROOT / "scripts/tools", "docker-registry:docker-registry"], check=True)
     if chosen.show:
         global AT_ONCE
         AT_ONCE = 1
+    del os.environ["LD_PRELOAD"]  # what is started from here on is not under it
     outcome = Outcome("faults", chosen.quick)
     place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="estargz-faults-", dir=place) as folder:
+    with tempfile.TemporaryDirectory(prefix="estargz-faults-", dir=place) as folder, ExitStack() as stack:
         run = Run(outcome, Path(folder), chosen.show)
-        run_all(run, chosen)
+        run_all(run, chosen, stack)
     print_table(run.table)
     return outcome.close()
 
 
-def run_all(run: Run, chosen: Any) -> None:
+def run_all(run: Run, chosen: Any, stack: ExitStack) -> None:
     import fault_scenarios as known
 
     run.given.mkdir()
-    known.give(run.given)
+    known.give(run.given, stack)
     if not chosen.only:
         run.check_itself()
     if chosen.check_itself:

@@ -17,6 +17,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
@@ -88,23 +89,40 @@ static long with_less(long number, const long *a) {
         return injector_call(number, a[0], a[1], a[2], less(a[3]), a[4], a[5]);
     case SYS_copy_file_range:
         return injector_call(number, a[0], a[1], a[2], a[3], less(a[4]), a[5]);
+    case SYS_sendmsg: case SYS_recvmsg: /* nobody who cares makes them */
+        return injector_call(number, a[0], a[1], a[2], a[3], a[4], a[5]);
     default: /* read, write, pread64, pwrite64, sendto, recvfrom, getdents64 */
         return injector_call(number, a[0], a[1], less(a[2]), a[3], a[4], a[5]);
     }
 }
 
+/* Whether it could fail so: a pipe has neither a disk nor a quota, and only who writes to one needs memory; a socket has
+ * nothing that close() would have to write. */
+static int is_possible(long number, mode_t mode) {
+    if (number == SYS_close)
+        return !S_ISSOCK(mode);
+    return !S_ISFIFO(mode) || fault_errno == EINTR || (fault_errno == ENOMEM && number == SYS_write);
+}
 
-/* Whether a pipe could fail so: it has neither a disk nor a quota. Only who writes to one needs memory. */
 static int is_true_of(long number, long descriptor) {
     struct stat found;
-    if (fault_action != FAIL || (number != SYS_read && number != SYS_write))
+    if (fault_action != FAIL || (number != SYS_read && number != SYS_write && number != SYS_close))
         return 1;
-    if (fault_errno == EINTR || (fault_errno == ENOMEM && number == SYS_write))
-        return 1;
-    if (injector_call(SYS_fstat, descriptor, (long)&found, 0, 0, 0, 0) || !S_ISFIFO(found.st_mode))
+    if (injector_call(SYS_fstat, descriptor, (long)&found, 0, 0, 0, 0) || is_possible(number, found.st_mode))
         return 1;
     atomic_fetch_sub(&injector_fired, 1);
     return 0;
+}
+
+/* Whatever close() says, the descriptor is gone; who is not connected cannot be sent to; an interrupted connect() goes on. */
+static int happens_all_the_same(long number) {
+    return number == SYS_close || number == SYS_shutdown || (number == SYS_connect && fault_errno == EINTR);
+}
+
+/* One that was reset once stays so: the next call, too, must find it broken. */
+static int breaks_connection(long number) {
+    return (number == SYS_sendto || number == SYS_sendmsg || number == SYS_recvfrom || number == SYS_recvmsg) &&
+           (fault_errno == ECONNRESET || fault_errno == EPIPE || fault_errno == ETIMEDOUT);
 }
 
 static void trapped(int signal, siginfo_t *info, void *context) {
@@ -117,8 +135,10 @@ static void trapped(int signal, siginfo_t *info, void *context) {
         if (fault_action != FAIL)
             result = with_less(number, a);
         else {
-            if (number == SYS_close) /* whatever close() says, the descriptor is gone */
-                injector_call(number, a[0], 0, 0, 0, 0, 0);
+            if (breaks_connection(number))
+                injector_call(SYS_shutdown, a[0], SHUT_RDWR, 0, 0, 0, 0);
+            if (happens_all_the_same(number))
+                injector_call(number, a[0], a[1], a[2], 0, 0, 0);
             result = number == SYS_brk ? injector_call(number, 0, 0, 0, 0, 0, 0) : -fault_errno; /* brk() gives no error */
         }
     } else {
