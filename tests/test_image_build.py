@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import gzip
 import io
 import json
@@ -295,6 +297,22 @@ def test_a_pipe_is_not_waited_for_when_another_layer_fails(kind: str, scratch: P
         with pytest.raises(SourceError, match="nowhere"):
             exported(made.append(scratch / "nowhere"), scratch / "out")
         assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("number", range(8))
+def test_a_directory_that_cannot_be_examined_once(number: int, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is not taken for a pipe."""
+    folder, examine, asked = scratch / "tree", os.stat, iter(range(1000))
+    folder.mkdir()
+
+    def fails_once(path: Any, *arguments: Any, **options: Any) -> os.stat_result:
+        if path == folder and next(asked) == number:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), os.fspath(path))
+        return examine(path, *arguments, **options)
+
+    with monkeypatch.context() as patched, contextlib.suppress(SourceError):
+        patched.setattr(os, "stat", fails_once)
+        exported(Image.new("linux/amd64").append(folder), scratch / "out")
 
 
 def test_a_layer_through_a_fifo(scratch: Path) -> None:

@@ -264,8 +264,8 @@ def unclear(error: BaseException, fault: Fault) -> str | None:
     what = f"{type(error).__name__}: {text}"
     if isinstance(error, MemoryError):
         return None if fault.how == "ENOMEM" else f"wrong error, {what}"
-    if isinstance(error, ValueError) and "digital envelope routines" in text:
-        return None  # how Python says that OpenSSL has no memory
+    if isinstance(error, ValueError) and ("digital envelope routines" in text or text == "no reason supplied"):
+        return None  # how Python says that OpenSSL has no memory, or not even enough to say so
     named = isinstance(error, EstargzError) or (
         isinstance(error, OSError) and (error.filename is not None or len(error.args) == 1)
     )

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+from estargz.descriptors import naming
 from estargz.errors import BlobError, RangeError, RegistryError, SourceError, UsageError
 from estargz.image.model import Descriptor, layer_compression, layer_media_type
 from estargz.image.store import ImageSource
@@ -133,7 +134,9 @@ class NewLayer:
             if descriptor is None and isinstance(self.source, str | os.PathLike) and _is_stream(self.source):
                 descriptor = _open_pipe(self.source)
                 opened.callback(os.close, descriptor)
-            if descriptor is None or stat.S_ISREG(os.fstat(descriptor).st_mode):
+            with naming(self.name):
+                whole = descriptor is None or stat.S_ISREG(os.fstat(descriptor).st_mode)
+            if descriptor is None or whole:
                 yield self
             else:
                 yield replace(self, source=_Pipe(descriptor, self.name, check))
@@ -265,8 +268,12 @@ def _has_footer(layer: StoredLayer) -> bool:
 
 
 def _is_stream(path: PathLike) -> bool:
-    """Whether it is a pipe or the like, which is read once."""
-    return os.path.exists(path) and not os.path.isdir(path) and not os.path.isfile(path)
+    """Whether it is a pipe or the like, which is read once. Of what cannot be examined the builder says why."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return False
+    return not stat.S_ISDIR(mode) and not stat.S_ISREG(mode)
 
 
 def public_annotations(annotations: Mapping[str, str]) -> dict[str, str]:
