@@ -27,15 +27,15 @@ cdef extern from "gil.h":      # what `with gil` means
     pass
 
 cdef extern from "place.h" nogil:
-    enum: EST_DIRECTORY, AT_SYMLINK_NOFOLLOW, SEEK_SET, ECANCELED
+    enum: EST_DIRECTORY, SEEK_SET, ECANCELED
     int est_openat(int directory, const char *name, int flags, unsigned int mode)
     int est_unlock_directory(int parent, const char *name)
+    int est_set_mode(int parent, const char *name, unsigned int mode)
     bint est_hands_nothing_down(int directory, const struct_stat *status)
     int mkdirat(int directory, const char *name, unsigned int mode)
     ssize_t readlinkat(int directory, const char *name, char *out, size_t size)
     int fstat(int handle, struct_stat *found)
     int fchmod(int handle, unsigned int mode)
-    int fchmodat(int directory, const char *name, unsigned int mode, int flags)
     int64_t lseek(int handle, int64_t offset, int whence)
 
 cdef enum:
@@ -281,7 +281,7 @@ cdef class Folders:
                 return EST_PLACE_CREATE
             if self.remove(directory, name):
                 return EST_PLACE_REMOVE
-        if self.rules.umask & 0o700 and fchmodat(directory, name, 0o700, AT_SYMLINK_NOFOLLOW):
+        if self.rules.umask & 0o700 and est_set_mode(directory, name, 0o700):
             return EST_PLACE_META
         if not replace:
             code = self.count_entry()

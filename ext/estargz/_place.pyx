@@ -27,11 +27,11 @@ cdef extern from "place.h" nogil:
     ssize_t est_list(int directory, void *out, size_t size)
     int est_setxattr_at(int directory, const char *name, const char *key, const void *value, size_t size)
     int est_unlock_directory(int parent, const char *name)
+    int est_set_mode(int parent, const char *name, unsigned int mode)
     ssize_t pwrite(int handle, const void *data, size_t size, int64_t offset)
     int fchown(int handle, unsigned int uid, unsigned int gid)
     int fchownat(int directory, const char *name, unsigned int uid, unsigned int gid, int flags)
     int fchmod(int handle, unsigned int mode)
-    int fchmodat(int directory, const char *name, unsigned int mode, int flags)
     int futimens(int handle, const timespec *times)
     int utimensat(int directory, const char *name, const timespec *times, int flags)
     int fsetxattr(int handle, const char *key, const void *value, size_t size, int flags)
@@ -164,7 +164,7 @@ cdef int set_by_name(const place_rules *rules, int directory, const char *name, 
     code = set_xattrs(rules, -1, directory, name, meta, skipped)
     if code:
         return code
-    if has_mode and fchmodat(directory, name, meta.mode, AT_SYMLINK_NOFOLLOW):
+    if has_mode and est_set_mode(directory, name, meta.mode):
         return EST_PLACE_META
     set_times(meta, times)
     return EST_PLACE_META if utimensat(directory, name, times, AT_SYMLINK_NOFOLLOW) else EST_OK

@@ -46,9 +46,18 @@ static inline int est_setxattr_at(int directory, const char *name, const char *k
     return lsetxattr(path, key, value, size, 0);
 }
 
-/* Lets the owner use a directory that cannot even be opened. 0, or -1 with errno; links are not followed. */
+/* Sets a mode. 0, or -1 with errno; links are not followed. The C library may open the file for that, which a signal can
+ * interrupt. */
+static inline int est_set_mode(int parent, const char *name, mode_t mode) {
+    int failed;
+    do failed = fchmodat(parent, name, mode, AT_SYMLINK_NOFOLLOW);
+    while (failed && errno == EINTR);
+    return failed;
+}
+
+/* Lets the owner use a directory that cannot even be opened. */
 static inline int est_unlock_directory(int parent, const char *name) {
-    return fchmodat(parent, name, 0700, AT_SYMLINK_NOFOLLOW);
+    return est_set_mode(parent, name, 0700);
 }
 
 /* Whether what is created in a directory gets exactly the group and mode that were asked for: it hands down neither its

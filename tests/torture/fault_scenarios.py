@@ -257,13 +257,17 @@ def writer(place: Place, stack: ExitStack) -> Run:
 
 def pool(place: Place, stack: ExitStack) -> Run:
     """One of a compressed tar and one of a tree, at the same time."""
+    other = stack.enter_context(ThreadPoolExecutor(1))
+    other.submit(int).result()  # the thread is ours, and is there
 
     def run() -> object:
         shared = estargz.Pool(2, 64 << 20)
-        with ThreadPoolExecutor(1) as other:
-            second = other.submit(built, place.given / "tar.gz", place.out / "2", pool=shared)
+        second = other.submit(built, place.given / "tar.gz", place.out / "2", pool=shared)
+        try:
             first = built(place.given / "tree", place.out / "1", pool=shared)
-            return first, second.result()
+        finally:
+            second.exception()  # waits
+        return first, second.result()
 
     return run
 
