@@ -10,7 +10,8 @@ it was found in, and every report is a defect, as is every test that fails.
 
 ISA-L, libdeflate, libzstd, libcrypto and Python itself are not built anew. Valgrind, which needs no build, watches them in
 a program of its own (sanitizing/buffers.py). Left out are tests that judge seconds or bytes of memory, marked "measured", and
-those of the benchmarks, test_bench_*.py, which time things for minutes here.
+those of the benchmarks, test_bench_*.py, which time things for minutes here; and those of the injector of faults, which is
+loaded in the sanitizer's place.
 """
 
 from __future__ import annotations
@@ -206,7 +207,12 @@ def run_tests(build: Build, outcome: Outcome, arguments: Sequence[str]) -> None:
     results = build.folder / "build" / "results.xml"
     results.unlink(missing_ok=True)
     command = [str(build.python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not measured"]
-    command += ["--ignore-glob=tests/test_bench_*", f"--junitxml={results}", *arguments]
+    command += [
+        "--ignore-glob=tests/test_bench_*",
+        "--ignore=tests/test_torture_faults.py",
+        f"--junitxml={results}",
+        *arguments,
+    ]
     command += [f"--deselect={test}" for test in build.left_out]
     search = f"{build.python.parent}:{os.environ['PATH']}:/usr/sbin:/sbin"
     environment = {**os.environ, "PATH": search, "ESTARGZ_TEST_PATIENCE": str(build.patience)}
