@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import gzip
 import json
@@ -25,6 +26,7 @@ import pytest
 from conftest import IS_ROOT, missing
 from reference.blobs import digest, tar_of
 from sample_images import image, write_layout
+from tars import nothing_leaks
 
 import estargz
 from estargz.cli import main
@@ -330,6 +332,33 @@ def test_a_lock_that_its_owner_has_just_removed_is_taken_anew(
     with store.making(key, lambda: others.append(others[0].close())) as found:
         assert found is None
     assert len(others) == 2
+
+
+def test_a_lock_that_cannot_be_had(store: VariantStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, layer, blob = made_of(TAR)
+
+    def none_left(*_: object) -> NoReturn:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", none_left)
+    with nothing_leaks():
+        with pytest.raises(CacheError, match="/locks/make-.*: cannot be locked: No locks available; choose"):
+            store.making(key).__enter__()
+        with pytest.raises(CacheError, match="/locks/use-.*: cannot be locked: No locks available; choose"):
+            keep(store, key, layer, blob)
+
+
+def test_a_blob_that_cannot_be_hashed_is_closed(store: VariantStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, layer, blob = made_of(TAR)
+    keep(store, key, layer, blob)
+
+    def no_memory(*_: object) -> NoReturn:
+        raise MemoryError
+
+    monkeypatch.setattr("hashlib.new", no_memory)
+    with nothing_leaks(), pytest.raises(MemoryError) as caught:
+        store.open(layer)
+    del caught
 
 
 def test_a_layer_outlives_a_failure_of_whatever_it_was_made_for(store: VariantStore) -> None:

@@ -6,8 +6,9 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
-__all__ = ["naming", "open_folder", "quietly", "read_all_at", "sync_folder"]
+__all__ = ["naming", "open_folder", "quietly", "read_all_at", "reading", "sync_folder"]
 
 
 def quietly(close: Callable[..., object], *arguments: object) -> None:
@@ -34,6 +35,16 @@ def read_all_at(descriptor: int, offset: int, size: int) -> bytes:
         parts.append(part)
         size, offset = size - len(part), offset + len(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+@contextmanager
+def reading(path: Path, flags: int = 0) -> Iterator[BinaryIO]:
+    """A file that is only read. flags: of open(2), beside O_RDONLY."""
+    file = open(path, "rb", opener=lambda name, others: os.open(name, others | flags))  # noqa: SIM115
+    try:
+        yield file
+    finally:
+        quietly(file.close)
 
 
 @contextmanager

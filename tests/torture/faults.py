@@ -39,6 +39,7 @@ OWN_ALLOCATION, ANY_ALLOCATION, THREAD_START = 1000, 1001, 1002  # kinds that ar
 KINDS = 1024
 EVERYBODYS = 400  # allocations that are refused to the interpreter, spread evenly, of some thousand in a scenario
 PATIENCE = 10  # seconds for what takes some milliseconds
+PATIENCE_OF_SQLITE = 60  # which asks for a lock a hundred times and more
 AT_ONCE = min(2, os.cpu_count() or 1)
 FOR_EVER = 1 << 62
 
@@ -514,6 +515,23 @@ class Trial:
 STARTING = "hangs in Python's own Thread.start()"
 
 
+# How others end when an allocation of theirs fails, as no package can prevent: what is told of the end, and whose it is.
+ENDS_OF_OTHERS = {
+    r"^hangs: .*(thread\.py\", line \d+ in (_worker|run)|_base\.py\", line \d+ in result)": "hangs of Python's own executors",
+    r"^died, status -11: toc\.py\", line \d+ in _encoded": "crashes of msgspec's encoder",
+}
+
+
+def end_of_others(trial: Trial, verdict: Verdict) -> str | None:
+    """Whose end it was, if an allocation of the interpreter or of a library failed and that is how they take it."""
+    if trial.fault is None or trial.fault.how != "ENOMEM":
+        return None
+    if verdict.wrong == [STARTING]:
+        return "hangs of Python's own Thread.start()"
+    ends = ENDS_OF_OTHERS if trial.fault.call == "any allocation" else {}
+    return next((whose for end, whose in ends.items() if any(re.search(end, wrong) for wrong in verdict.wrong)), None)
+
+
 def where(log: str) -> str:
     """The places that a crash report names."""
     return " < ".join(re.findall(r'File "\S*?([^/"]+", line \d+ in \w+)', log)[:6]) or log[-300:]
@@ -586,7 +604,8 @@ class Run:
 
     def trial(self, scenario: Scenario, fault: Fault | None) -> Trial:
         self.number += 1
-        return Trial(scenario, fault, self.folder / str(self.number), shown=self.shown)
+        patience = PATIENCE_OF_SQLITE if scenario.name == "variants" else PATIENCE
+        return Trial(scenario, fault, self.folder / str(self.number), patience, shown=self.shown)
 
     def alone(self, scenario: Scenario, fault: Fault | None) -> Verdict:
         return next(tried(iter([self.trial(scenario, fault)]), self.given, self.injector))[1]
@@ -631,8 +650,8 @@ class Run:
             return
         assert trial.fault is not None
         self.outcome.count("fault points")
-        if verdict.wrong == [STARTING] and trial.fault.how == "ENOMEM":
-            self.outcome.count("hangs of Python's own Thread.start()")
+        if whose := end_of_others(trial, verdict):
+            self.outcome.count(whose)
             return
         self.outcome.count("clear errors" if verdict.error else "right results", not verdict.wrong)
         row = self.table.setdefault(trial.scenario.name, {})

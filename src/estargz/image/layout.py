@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from estargz.descriptors import naming, quietly, read_all_at, sync_folder
+from estargz.descriptors import naming, quietly, read_all_at, reading, sync_folder
 from estargz.errors import ImageError, SinkError, SourceError, VerificationError
 from estargz.image.model import (
     MAX_MANIFEST_SIZE,
@@ -170,8 +170,7 @@ def make_folder(folder: Path) -> None:
 def read_document(path: Path) -> bytes | None:
     """A small file beside blobs, None when it is not there. Raises ImageError for one that is larger than these are."""
     try:
-        # Without O_NONBLOCK a FIFO would be waited for.
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        with reading(path, os.O_NONBLOCK) as file:  # a FIFO is not waited for
             regular = stat.S_ISREG(os.fstat(file.fileno()).st_mode)
             data = file.read(MAX_MANIFEST_SIZE + 1) if regular else b""
     except (FileNotFoundError, NotADirectoryError):

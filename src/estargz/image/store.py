@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from estargz.descriptors import quietly
 from estargz.errors import EstargzError, ImageError, SourceError, UsageError, VerificationError
 from estargz.image.model import MAX_MANIFEST_SIZE, Descriptor, digest_of
 from estargz.image.reference import Reference
@@ -126,8 +127,12 @@ class VerifyingReader:
         self._readable = readable
         self._descriptor = descriptor
         self._left = descriptor.size
-        self._hash = hashlib.new(descriptor.digest.partition(":")[0])
         self._checked = False
+        try:
+            self._hash = hashlib.new(descriptor.digest.partition(":")[0])
+        except BaseException:
+            self.close()
+            raise
 
     def read(self, size: int, /) -> bytes:
         if self._left == 0:
@@ -163,7 +168,7 @@ class VerifyingReader:
         return VerificationError(f"{self.name}: blob {self._descriptor.digest} {what}; it is damaged, fetch it again")
 
     def close(self) -> None:
-        self._readable.close()
+        quietly(self._readable.close)
 
     def __enter__(self) -> Self:
         return self

@@ -175,11 +175,17 @@ def _try_lock(path: Path, *, create: bool) -> int | None:
         if isinstance(error, FileNotFoundError) and not create:
             return None
         raise CacheError(f"{path}: cannot be opened: {error.strerror}; check the rights of its directory") from error
-    with suppress(BlockingIOError, FileNotFoundError):
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(handle), os.stat(path)):  # else its last owner has removed it
-            return handle
-    quietly(os.close, handle)
+    with ExitStack() as undo:
+        undo.callback(quietly, os.close, handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(handle), os.stat(path)):  # else its last owner has removed it
+                undo.pop_all()
+                return handle
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        except OSError as error:
+            raise CacheError(f"{path}: cannot be locked: {error.strerror}; {_ELSEWHERE}") from error
     return None
 
 

@@ -31,6 +31,7 @@ from typing import Any, Self
 import msgspec
 
 import estargz
+from estargz.descriptors import reading
 from estargz.errors import CacheError, ImageError, SinkError, UploadBrokenError, VerificationError
 from estargz.image.layout import LAYOUT_FILE, BlobFolder, Layout
 from estargz.image.model import (
@@ -398,7 +399,7 @@ class VariantStore(BlobFolder):
     def _digests_of_images(self) -> set[str]:
         """Of everything that index.json leads to."""
         path = self.directory / "index.json"
-        with _said(self.directory), path.open("rb") as file:
+        with _said(self.directory), reading(path) as file:
             index = Index.parse(file.read(MAX_MANIFEST_SIZE + 1), OCI_INDEX, str(path))
         found: set[str] = set()
         layout = Layout(Reference("oci", path=os.fspath(self.directory)))

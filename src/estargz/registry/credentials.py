@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from estargz.descriptors import reading
 from estargz.errors import UsageError
 from estargz.http import printable
 from estargz.image.reference import DOCKER_HUB
@@ -94,7 +95,7 @@ def _in_file(path: Path, host: str, repository: str) -> Credential | None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
+        with reading(path) as file:
             data = file.read(_MAX_FILE)
         config = json.loads(data)
     except (FileNotFoundError, NotADirectoryError):
