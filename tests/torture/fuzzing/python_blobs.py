@@ -86,6 +86,9 @@ def _is_refused_by_choice(data: bytes, theirs: Mapping[str, Any]) -> bool:
         deepest = max(deepest, depth)
     if data.strip() == b"null" or None in (theirs["entries"] or []) or deepest > _DEPTH:
         return True
+    tables = [value for pairs in _objects(data) for key, value in pairs if key == "entries" and isinstance(value, list)]
+    if any(None in table for table in tables):  # also in one that a later one replaces
+        return True
     attributes = [
         value for pairs in _objects(data) for key, value in pairs if key == "xattrs" and isinstance(value, dict)
     ]
