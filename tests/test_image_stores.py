@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import json
@@ -370,6 +371,17 @@ def test_a_layout_in_a_tar_of_a_directory_is_read(tmp_path: Path) -> None:
     for options in ((), ("--format=pax",), ("--format=gnu", "-z")):
         command("tar", "-c", *options, "-f", tmp_path / "packed", "-C", tmp_path / "made", ".")
         assert contents_of(f"oci-archive:{tmp_path}/packed:v1") == one.blobs
+
+
+def test_an_archive_without_room_for_what_is_on_its_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(**_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    with nothing_leaks(), pytest.raises(SinkError, match="cannot be written: No space left on device; check") as caught:
+        ArchiveTarget(Reference.parse(f"oci-archive:{tmp_path}/image.tar"))
+    del caught
+    assert os.listdir(tmp_path) == []
 
 
 def test_an_archive_may_come_through_a_pipe(tmp_path: Path) -> None:

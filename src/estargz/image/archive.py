@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from estargz.descriptors import read_all_at
+from estargz.descriptors import naming, read_all_at
 from estargz.errors import ImageError, SinkError, UsageError, VerificationError
 from estargz.image.layout import LAYOUT_FILE, copy_blob, named_entries, pick
 from estargz.image.model import (
@@ -248,8 +248,13 @@ class ArchiveTarget:
         self._names = [*own, *names]
         self._sink: PathSink | DescriptorSink
         self._sink = PathSink(reference.path) if descriptor is None else DescriptorSink(descriptor, self.name)
-        beside = descriptor is None and stat.S_ISREG(os.fstat(self._sink.target).st_mode)
-        self._spool = _Spool(Path(os.path.realpath(reference.path)).parent if beside else None)
+        try:
+            with naming(self.name):
+                beside = descriptor is None and stat.S_ISREG(os.fstat(self._sink.target).st_mode)
+            self._spool = _Spool(Path(os.path.realpath(reference.path)).parent if beside else None)
+        except BaseException:
+            self._sink.discard()
+            raise
         self._manifests: dict[str, bytes] = {}
         self._blobs: dict[str, _SpooledUpload] = {}
         self._finished = False

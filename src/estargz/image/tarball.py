@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO
 
-from estargz.descriptors import read_all_at
+from estargz.descriptors import quietly, read_all_at
 from estargz.errors import ImageError, SinkError, SourceError
 from estargz.image.model import MAX_MANIFEST_SIZE
 
@@ -200,7 +200,7 @@ def _open(path: str) -> int:
             return os.dup(fd)
         return _spooled(fd, path)
     finally:
-        os.close(fd)
+        quietly(os.close, fd)
 
 
 def _spooled(fd: int, path: str) -> int:
