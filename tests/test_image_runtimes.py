@@ -104,7 +104,8 @@ class Layers:
 @pytest.fixture(scope="module")
 def folder() -> Iterator[Path]:
     """One that is removed at once, and whose path is short enough for sockets."""
-    with tempfile.TemporaryDirectory(prefix="estargz-test-") as made:
+    # Podman makes an image's name of the path: no component may begin or end with an underscore.
+    with tempfile.TemporaryDirectory(prefix="estargz-test-x", suffix="x") as made:
         yield Path(made)
 
 
