@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from estargz.descriptors import naming, read_all_at
+from estargz.descriptors import naming, quietly, read_all_at
 from estargz.errors import ImageError, SinkError, UsageError, VerificationError
 from estargz.image.layout import LAYOUT_FILE, copy_blob, named_entries, pick
 from estargz.image.model import (
@@ -340,11 +340,11 @@ class _Spool:
 
     def __init__(self, folder: Path | None) -> None:
         try:
-            with tempfile.TemporaryFile(dir=folder) as file:
-                self.fd = os.dup(file.fileno())
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
         except OSError as error:
             place = folder or tempfile.gettempdir()
             raise SinkError(f"{place}: cannot be written: {error.strerror}; check the directory") from error
+        self.fd = self._file.fileno()
         self._lock = threading.Lock()
         self._free: list[int] = []
         self._end = 0
@@ -370,9 +370,7 @@ class _Spool:
             ) from error
 
     def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        quietly(self._file.close)  # nobody wants its content any more
 
 
 class _SpooledUpload:
