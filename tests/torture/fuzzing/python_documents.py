@@ -153,7 +153,7 @@ def archive(data: bytes) -> None:
 
 def _tar(files: Mapping[str, bytes]) -> bytes:
     made = io.BytesIO()
-    with tarfile.open(fileobj=made, mode="w", errors="surrogatepass") as tar:
+    with tarfile.open(fileobj=made, mode="w", format=tarfile.GNU_FORMAT, errors="surrogatepass") as tar:
         for name, content in files.items():
             info = tarfile.TarInfo(name.replace("\0", ""))
             info.size = len(content)
