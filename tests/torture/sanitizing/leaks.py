@@ -51,6 +51,7 @@ ALLOCATED.restype = ctypes.c_size_t
 BUILDER = {
     "compression": "estargz",
     "level": 6,
+    "portable": False,
     "chunk_size": 1 << 22,
     "min_chunk_size": 0,
     "threads": 2,
