@@ -17,6 +17,9 @@ from libc.string cimport memcmp, memcpy, memset
 from posix.fcntl cimport F_GETFL, O_NONBLOCK, fcntl
 from posix.unistd cimport read
 
+cdef extern from "glance.h" nogil:
+    bint est_glance(const bint *place)
+
 cdef extern from "<unistd.h>" nogil:
     ssize_t pread(int handle, void *data, size_t size, int64_t offset)
 
@@ -429,7 +432,7 @@ cdef class LayerBuilder:
 
     cdef void part(self) noexcept:
         """Gives back what an ended pipeline has of a crew's memory, unless another thread is filling the batch at hand."""
-        if self.pipeline.crew != NULL and self.pipeline.closed and not self.in_use:
+        if self.pipeline.crew != NULL and est_glance(&self.pipeline.closed) and not self.in_use:
             self.current = NULL
             self.target = NULL
             self.pipeline.release()

@@ -430,7 +430,7 @@ cdef class Pipeline:
             pthread_mutex_lock(&self.lock)
             while self.running > 0:
                 pthread_cond_wait(&self.progress_made, &self.lock)
-            self.closed = True
+            est_show(&self.closed, True)
             pthread_mutex_unlock(&self.lock)
         if not cancel:      # else the producer may be another thread, and its clock is its own
             charge(&self.workers[0], self.producing)
