@@ -252,7 +252,7 @@ CASES: list[Case] = [
     Case("large manifests", inputs.large_manifests, read_image, 50, 20, 500, "documents"),
     Case("a nested configuration", inputs.nested_configuration, read_image, 100_000, 100_000, 200, "JSON"),
     Case("archive: members", inputs.archive_of_members, read_image, 15_000, 4_000, 64, "no such image"),
-    Case("archive: records", inputs.archive_of_records, read_image, 200, 20, 100, "no such image"),
+    Case("archive: records", inputs.archive_of_records, read_image, 80, 20, 100, "no such image"),
     Case("archive: links", inputs.archive_of_links, read_image, 10_000, 2_500, 64, "more than 8 links"),
     Case("archive: tags", inputs.archive_of_tags, read_image, 100_000, 25_000, 300, "missing"),
     Case("archive: branching indexes", inputs.archive_of_indexes, read_image, 25, 16, 200),
