@@ -28,7 +28,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
-from itertools import repeat
 from pathlib import Path
 
 from outcome import ROOT, Outcome, parser
@@ -307,7 +306,10 @@ def run_program(outcome: Outcome, name: str, command: list[str], settings: dict[
         outcome.defect(f"{name}: status {done.returncode}: {done.stderr.strip()[-3000:]}")
 
 
-def quick_tests(build: Build) -> list[str]:
+def tests_of(build: Build, quick: bool) -> list[str]:
+    """What pytest is told to run: all, or the share of --quick."""
+    if not quick:
+        return []
     return [
         *(f"tests/test_{name}.py" for name in build.quick),
         "-k",
@@ -327,8 +329,7 @@ def main() -> int:
     tested = [build for build in builds if build.name in wanted]
     with ThreadPoolExecutor(2) as both:
         list(both.map(made, builds))
-        some = [chosen.tests or (quick_tests(build) if chosen.quick else []) for build in tested]
-        list(both.map(run_tests, tested, repeat(outcome), some))
+        list(both.map(lambda build: run_tests(build, outcome, chosen.tests or tests_of(build, chosen.quick)), tested))
         if "leaks" in wanted:
             run_leaks(outcome)
         if "valgrind" in wanted:

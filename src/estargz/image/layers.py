@@ -134,12 +134,12 @@ class NewLayer:
             if descriptor is None and isinstance(self.source, str | os.PathLike) and _is_stream(self.source):
                 descriptor = _open_pipe(self.source)
                 opened.callback(os.close, descriptor)
-            with naming(self.name):
-                whole = descriptor is None or stat.S_ISREG(os.fstat(descriptor).st_mode)
-            if descriptor is None or whole:
+            if descriptor is None:
                 yield self
-            else:
-                yield replace(self, source=_Pipe(descriptor, self.name, check))
+                return
+            with naming(self.name):
+                regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
+            yield self if regular else replace(self, source=_Pipe(descriptor, self.name, check))
 
     def build(self, dest: Any, **options: Any) -> Layer:
         """Builds it. Raises what ``estargz.build`` raises."""
