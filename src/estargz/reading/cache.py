@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Self
 
+from estargz.descriptors import reading
 from estargz.errors import BlobError, UsageError
 from estargz.reading.source import RangeReader, stated_size
 from estargz.threads import Threads
@@ -391,7 +392,7 @@ class _DiskBlocks:
         name = self._name(index)
         path = self._directory / name
         try:
-            with open(path, "rb", opener=_open_plainly) as file:
+            with reading(path, os.O_NOFOLLOW | os.O_NONBLOCK) as file:
                 content = file.read(_SUM + size + 1)
         except OSError:
             return None
@@ -436,10 +437,6 @@ def _sum(name: str, data: bytes) -> bytes:
     digest = hashlib.sha256(name.encode())
     digest.update(data)
     return digest.digest()
-
-
-def _open_plainly(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
 
 
 def _open_privately(path: str, flags: int) -> int:
