@@ -51,7 +51,9 @@ SIGNALS = {
 }
 # Calls by which something gets its name, its place on the disk, or to a registry. No openat: hundreds open modules.
 CALLS = "fsync,fdatasync,link,linkat,rename,renameat,renameat2,unlink,unlinkat,mkdir,mkdirat,flock,pwrite64,sendto"
-INTERPRETER = "init_import_site"  # is interrupted before anything of this package runs, and has a status of its own
+# What the interpreter says, with a status of its own, when a signal ends it before anything of this package runs: any of
+# the steps of its start may be the one (init_sys_streams, init_import_site).
+STARTING = "Fatal Python error: init_"
 TEMPORARY = re.compile(r"\.estargz-[0-9a-f]+\.tmp")  # docs/embedding.md
 MANIFESTS = "application/vnd.oci.image.manifest.v1+json"
 NOISE = 0.4  # of the files' bytes
@@ -446,7 +448,7 @@ class Kills:
     def look(self, made: Round, usual: Usual, before: str | None, sent: int, status: int, messages: str) -> None:
         """Raises Torn for what no command may leave behind."""
         job = made.job
-        began = INTERPRETER not in messages
+        began = STARTING not in messages
         if began and status and status not in SIGNALS[signal.Signals(sent)]:
             raise Torn(f"ended with status {status}: {messages[-1500:]}")
         if began and "Traceback" in messages and status > 0:
