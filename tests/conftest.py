@@ -1,4 +1,4 @@
-"""Fixtures: the Go judge, a scratch directory that is removed at once, and what only root may do."""
+"""Fixtures: the Go judge, a scratch directory that is removed at once, an empty home, and what only root may do."""
 
 from __future__ import annotations
 
@@ -62,6 +62,20 @@ def scratch() -> Iterator[Path]:
     finally:
         shutil.rmtree(made)
         sys.setrecursionlimit(limit)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home, where nobody is logged in to a registry, and no proxy."""
+    for name in list(os.environ):
+        if (
+            name.lower().endswith("_proxy")
+            or name.startswith("XDG_")
+            or name in ("DOCKER_CONFIG", "REGISTRY_AUTH_FILE")
+        ):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
 
 
 @pytest.fixture

@@ -18,24 +18,10 @@ from estargz.registry.auth import Challenge, parse_challenges
 from estargz.registry.client import Registries
 from estargz.registry.credentials import Credential, Credentials
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("home")]
 
 DATA = b"some layer" * 1000
 LOGIN = ("me", "my:secret")
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Nobody is logged in anywhere."""
-    for name in list(os.environ):
-        if (
-            name.lower().endswith("_proxy")
-            or name.startswith("XDG_")
-            or name in ("DOCKER_CONFIG", "REGISTRY_AUTH_FILE")
-        ):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    return tmp_path
 
 
 def encoded(user: str, password: str) -> str:

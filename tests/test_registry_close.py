@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import random
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 from faulty_registry import (
@@ -31,7 +29,7 @@ from estargz.image.store import open_source, open_target
 from estargz.registry.client import Registries
 from estargz.registry.repository import Repository
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("home")]
 
 AT_ONCE = 1.0  # seconds
 CHUNK = 100_000
@@ -39,14 +37,6 @@ DATA = random.Random(7).randbytes(3 * CHUNK)
 LAYER_OF_DATA = descriptor_of(DATA)
 LARGE = bytes(30 << 20)  # more than sockets hold
 LOGIN = ("me", "secret")
-
-
-@pytest.fixture(autouse=True)
-def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in list(os.environ):
-        if name.lower().endswith("_proxy") or name in ("DOCKER_CONFIG", "REGISTRY_AUTH_FILE", "XDG_RUNTIME_DIR"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
 
 
 @pytest.fixture

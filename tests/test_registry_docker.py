@@ -33,19 +33,11 @@ from estargz.image.model import (
 from estargz.registry.client import Registries
 from estargz.registry.repository import Repository
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("home")]
 
 MIB = 1 << 20
 DATA = random.Random(1).randbytes(5 * MIB + 7)
 USERS = "me:$2b$04$WhGFGPh9nYc3nlxgi4Zmse97vVjllPs8eZXiM5eV6Zl1mdXQaQhza\n"  # htpasswd -nbB -C 4 me secret
-
-
-@pytest.fixture(autouse=True)
-def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in list(os.environ):
-        if name.lower().endswith("_proxy") or name in ("DOCKER_CONFIG", "REGISTRY_AUTH_FILE", "XDG_RUNTIME_DIR"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
 
 
 @pytest.fixture(scope="module")

@@ -33,21 +33,13 @@ from estargz.image.reference import Reference
 from estargz.registry.client import Registries
 from estargz.registry.repository import Repository
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("home")]
 
 MIB = 1 << 20
 CHUNK = 100_000
 DATA = random.Random(6).randbytes(450_000)
 LAYER_OF_DATA = descriptor_of(DATA)
 MANIFEST = b'{"schemaVersion": 2}'
-
-
-@pytest.fixture(autouse=True)
-def nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in list(os.environ):
-        if name.lower().endswith("_proxy") or name in ("DOCKER_CONFIG", "REGISTRY_AUTH_FILE", "XDG_RUNTIME_DIR"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
 
 
 @pytest.fixture
