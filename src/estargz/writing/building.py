@@ -151,7 +151,7 @@ def tar_digest(source: PathLike | Readable, options: Options, **arguments: Any) 
     """
     with (
         _opened(source, options, **arguments) as stream,
-        _filled(stream, options, compression="none") as (builder, _),
+        _filled(stream, options, compression="uncompressed") as (builder, _),
     ):
         builder.finish()
         return f"sha256:{builder.tar_digest.hex()}"
