@@ -240,7 +240,7 @@ def test_this_machine() -> None:
         (128, "estargz", 2, 2, 45),
         (64, "estargz", 2, 1, 20),
         (64, "zstd", 10, 1, 28),
-        (256, "zstd", 19, 1, 70),
+        (256, "zstd", 19, 1, 77),
         (10, "gzip", 12, 1, 16),  # less than the interpreter has: the least that a build needs
     ],
 )
@@ -261,6 +261,34 @@ def test_pool_in_a_cgroup(machine: Machine) -> None:
     machine.memory(256 << 20, used=20 << 20)
     assert (Pool().threads, Pool().memory >> 20) == (4, 100)
     assert (Pool(6).threads, Pool(memory=5).memory) == (6, 5)
+    heavy = Pool(compression="zstd", level=19)
+    assert (heavy.threads, heavy.memory >> 20) == (1, 77)
+    machine.memory(64 << 20, used=20 << 20)
+    with pytest.raises(
+        UsageError, match="takes 82 MiB, with what it works on 126, and the cgroup leaves 44 MiB; choose a"
+    ):
+        Pool(compression="zstd", level=19)
+
+
+def test_compressors_that_a_pool_was_not_made_for(machine: Machine) -> None:
+    """They are refused where they would go beyond the cgroup's memory."""
+
+    def arguments(pool: Pool, level: int) -> object:
+        return Options(compression="zstd", level=level, pool=pool).kernel_arguments()
+
+    machine.cpus(8)
+    assert arguments(Pool(), 19)
+    machine.memory(256 << 20, used=20 << 20)
+    assert arguments(Pool(), 10)
+    with pytest.raises(
+        UsageError, match="takes 82 MiB, and the cgroup leaves 34 MiB for each thread.*make the pool for"
+    ):
+        arguments(Pool(), 19)
+    assert arguments(Pool(compression="zstd", level=19), 19)
+    assert arguments(Pool(3, compression="zstd", level=19), 19)  # threads that were asked for are not denied
+    assert arguments(Pool(8, 100 << 20), 19)
+    machine.memory(4096 << 20, used=20 << 20)
+    assert arguments(Pool(), 19)
 
 
 def test_memory_by_cgroup_v2_and_without_a_limit(machine: Machine) -> None:
@@ -275,5 +303,7 @@ def test_memory_by_cgroup_v2_and_without_a_limit(machine: Machine) -> None:
 
 def test_no_room_for_a_compressor(machine: Machine) -> None:
     machine.memory(64 << 20, used=20 << 20)
-    with pytest.raises(UsageError, match=r"takes 96 MiB, and the cgroup leaves 44 MiB; choose a lower level"):
+    with pytest.raises(
+        UsageError, match=r"takes 82 MiB, with what it works on 104, and the cgroup leaves 44 MiB; choose"
+    ):
         Options(compression="zstd", level=19).kernel_arguments()

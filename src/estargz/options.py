@@ -59,8 +59,8 @@ MAX_MEMORY = 1 << 50
 
 _ISAL_STATE = 9 << 20
 """The most that a compressor of ISA-L's or libdeflate's takes, of any level."""
-_ZSTD_STATES = {19: 96 << 20, 11: 56 << 20, 10: 32 << 20, 5: 16 << 20, 1: 4 << 20}
-"""Level -> the same for libzstd, from that level on: measured with the frames that are written here."""
+_ZSTD_STATES = {19: 82, 17: 50, 16: 33, 15: 65, 14: 49, 13: 33, 12: 49, 10: 25, 9: 13, 7: 7, 1: 4}
+"""Level -> MiB of libzstd's, from that level on: what ``ZSTD_sizeof_CCtx`` says after a frame as they are written here."""
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _SIZE = re.compile(r"\s*([0-9]{1,20})\s*([kmgt]?)(?:ib|b)?\s*", re.IGNORECASE)
@@ -136,20 +136,22 @@ def memory_room() -> float:
     return max(0, limit - (resident - of_files) * os.sysconf("SC_PAGE_SIZE"))
 
 
-def affordable(threads: int, memory: int, batch: int, compressor: int = _ISAL_STATE) -> tuple[int, int]:
-    """As many of ``threads`` and as much of ``memory`` as this process's room has a place for, but no less than one thread
-    and two batches: half of it for the threads' compressors and a batch each, then half of the rest for all batches.
+def affordable(
+    room: float, threads: int, memory: int, batch: int, compressor: int, *, batches: int = 1
+) -> tuple[int, int]:
+    """As many of ``threads`` and as much of ``memory`` as ``room`` has a place for, but no less than one thread and two
+    batches: half of it for the threads' compressors and a batch each, then half of the rest for all batches.
 
     Raises:
-        UsageError: there is no room for a single compressor.
+        UsageError: there is no room for a single large compressor and so many ``batches`` beside it.
     """
-    room = memory_room()
     if room == math.inf:
         return threads, memory
-    if compressor > max(room, _ISAL_STATE):
+    needed = compressor + batches * batch
+    if compressor > _ISAL_STATE and needed > room:
         raise UsageError(
-            f"this level's compressor takes {compressor >> 20} MiB, and the cgroup leaves {int(room) >> 20} MiB; "
-            "choose a lower level, or raise the limit"
+            f"this level's compressor takes {compressor >> 20} MiB, with what it works on {needed >> 20}, and the cgroup "
+            f"leaves {int(room) >> 20} MiB; choose a lower level, or raise the limit"
         )
     threads = max(1, min(threads, int(room) // 2 // (compressor + batch)))
     return threads, max(2 * batch, min(memory, (int(room) - threads * compressor) // 2))
@@ -238,17 +240,26 @@ class Options:
         """``encoder`` of these options."""
         return encoder(self.compression, self.level, portable=self.portable)
 
+    @property
+    def compressor_size(self) -> int:
+        """Bytes that a thread's compressor takes, at most."""
+        if self.compression != "zstd":
+            return 0 if self.compression == "uncompressed" else _ISAL_STATE
+        level = resolve_level("zstd", self.level)
+        return next(size for least, size in _ZSTD_STATES.items() if level >= least) << 20
+
+    @property
+    def batch_size(self) -> int:
+        """Bytes that a batch takes."""
+        from estargz._layer import batch_memory  # only when asked: the compiled stages are slow to load
+
+        return batch_memory(**self._shape())
+
     def kernel_arguments(self) -> dict[str, Any]:
         """The keyword arguments of the builder kernel."""
-        shape = {
-            "compression": self.compression,
-            "level": resolve_level(self.compression, self.level, portable=self.portable),
-            "chunk_size": self.chunk_size,
-            "min_chunk_size": self.min_chunk_size,
-        }
-        threads, memory = self._share(**shape)
+        threads, memory = self._share()
         return {
-            **shape,
+            **self._shape(),
             "portable": self.portable,
             "threads": threads,
             "memory": memory,
@@ -256,9 +267,18 @@ class Options:
             "crew": self.pool.crew if self.pool is not None else None,
         }
 
-    def _share(self, **shape: Any) -> tuple[int, int]:
+    def _shape(self) -> dict[str, Any]:
+        return {
+            "compression": self.compression,
+            "level": resolve_level(self.compression, self.level, portable=self.portable),
+            "chunk_size": self.chunk_size,
+            "min_chunk_size": self.min_chunk_size,
+        }
+
+    def _share(self) -> tuple[int, int]:
         """Threads and memory: as they were asked for, the most of the pool, or what this machine has for a build alone."""
         if self.pool is not None:
+            self._check_compressors(self.pool.compressor_room)
             threads = min(self.threads or self.pool.threads, self.pool.threads)
             return threads, min(self.memory or self.pool.memory, self.pool.memory)
         threads = self.threads or usable_threads()
@@ -266,13 +286,13 @@ class Options:
         memory = self.memory or max(32 << 20, slot) * (threads + 1)
         if self.threads and self.memory:
             return threads, memory
-        from estargz._layer import batch_memory  # only when asked: the compiled stages are slow to load
-
-        fewer, less = affordable(threads, memory, batch_memory(**shape), self._compressor_size())
+        fewer, less = affordable(memory_room(), threads, memory, self.batch_size, self.compressor_size)
         return self.threads or fewer, self.memory or less
 
-    def _compressor_size(self) -> int:
-        if self.compression != "zstd":
-            return 0 if self.compression == "uncompressed" else _ISAL_STATE
-        level = resolve_level("zstd", self.level)
-        return next(size for least, size in _ZSTD_STATES.items() if level >= least)
+    def _check_compressors(self, room: float) -> None:
+        if self.compressor_size > room:
+            raise UsageError(
+                f"this level's compressor takes {self.compressor_size >> 20} MiB, and the cgroup leaves {int(room) >> 20} MiB "
+                "for each thread of the pool; make the pool for this compression and level, choose a lower level, or raise "
+                "the limit"
+            )

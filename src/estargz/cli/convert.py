@@ -112,6 +112,8 @@ def command(
     ca_file: str | None,
     progress: str,
     as_json: bool,
+    compression: str | None,
+    level: int | None,
     **options: Any,
 ) -> None:
     """Copy the image SOURCE to DEST, its layers in another compression.
@@ -128,7 +130,7 @@ def command(
     """
     if platforms and all_platforms:
         raise UsageError("give either --platform or --all-platforms")
-    pool = Pool(threads, memory)
+    pool = Pool(threads, memory, compression=compression or "gzip", level=level if compression else None)
     with (
         terminated_cleanly(),
         layer_progress(progress) as report,
@@ -138,6 +140,8 @@ def command(
         done = convert(
             source,
             dest,
+            compression=compression,
+            level=level,
             platforms=platforms or None,
             force=force_compression,
             cache=store,

@@ -75,7 +75,7 @@ def convert(
             layers and False are an error.
         tags: what the result is called in a registry besides, in the same repository.
         cache: finds finished layers, and keeps them; None: nothing is kept on this machine.
-        pool: threads and memory for all layers; None: a new one for this call.
+        pool: threads and memory for all layers; None: a new one, for this compression and level.
         registries: connections and credentials; None: new ones for this call.
         report: is told how far each layer is.
 
@@ -93,6 +93,7 @@ def convert(
     family = _family(compression, oci_types)
     if attestations not in ATTESTATIONS:
         raise UsageError(f"attestations are to {attestations!r}: choose {', '.join(ATTESTATIONS)}")
+    pool = pool or Pool(compression=compression or "gzip", level=level)
     wanted = None if platforms is None else [Platform.parse(platform) for platform in platforms]
     with ExitStack() as opened:
         if registries is None:
@@ -108,7 +109,7 @@ def convert(
         kept = [] if base is None or force else _layers_of_base(_reference(base), registries)
         target = open_target(to, registries)
         opened.callback(target.close)
-        mover = LayerMover(target, form, pool=pool or Pool(), cache=cache, report=report)
+        mover = LayerMover(target, form, pool=pool, cache=cache, report=report)
         writer = TreeWriter(origin, target, oci=family, attestations=attestations)
         root = writer.write(tree, mover, kept)
         if tags:

@@ -70,7 +70,8 @@ def export(
         image.registries.allow_insecure(Reference.parse(f"docker://{name}").host for name in output.names)
     if any(one.of.startswith("index") for one in output.annotations):
         raise UsageError("an image for one platform has no index to annotate; leave annotation-index out")
-    work = _Work(image, output, portable, cache, pool or Pool(), report)
+    pool = pool or Pool(compression=output.compression, level=output.compression_level)
+    work = _Work(image, output, portable, cache, pool, report)
     if output.type == "local":
         return work.files(output.dest or ".")
     if output.type == "tar":

@@ -23,7 +23,7 @@ from estargz._inflate_ahead import InflateAhead
 from estargz.descriptors import naming, open_folder, quietly
 from estargz.digest import parse_digest
 from estargz.errors import BlobError, UsageError, VerificationError
-from estargz.options import MAX_THREADS, Progress, affordable, usable_threads
+from estargz.options import MAX_THREADS, Progress, affordable, memory_room, usable_threads
 from estargz.reading.blob import begins_like_tar
 from estargz.reading.footer import footer_of
 from estargz.reading.source import RangeReader, Readable, Source, Window, blob_errors, is_url, open_source
@@ -119,7 +119,7 @@ def extract(
     for name, value in (("max_size", max_size), ("max_entries", max_entries)):
         _check(name, value, 0, (1 << 63) - 1)
     count = threads or usable_threads()
-    fewer, less = affordable(count, (16 + 8 * count) << 20, _THREAD_MEMORY, 0)
+    fewer, less = affordable(memory_room(), count, (16 + 8 * count) << 20, _THREAD_MEMORY, 0)
     threads, memory = threads or fewer, memory or less
     with _open_directory(directory) as (root, made), ExitStack() as undone:
         extractor = Extractor(
