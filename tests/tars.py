@@ -104,10 +104,9 @@ def nothing_leaks() -> Iterator[None]:
     before = threads_and_files()
     yield
     until = time.monotonic() + 5
-    while threads_and_files() > before and time.monotonic() < until:
+    while (more := threads_and_files())[0] > before[0] or more[1] > before[1]:
+        assert time.monotonic() < until, (before, more, threading.enumerate())
         time.sleep(0.01)
-    after = threads_and_files()
-    assert after <= before or (after[0] <= before[0] and after[1] <= before[1]), (before, after, threading.enumerate())
 
 
 def in_thread(target: Callable[[], object]) -> threading.Thread:
