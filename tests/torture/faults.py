@@ -499,6 +499,8 @@ class Trial:
         shutil.rmtree(self.folder, ignore_errors=True)
         if late and re.search(r'threading\.py", line \d+ in start\b', log):
             return Verdict([STARTING], 1)
+        if late and re.search(r'threading\.py", line \d+ in __enter__\s+File "[^"]*/queue\.py"', log):
+            return Verdict([QUEUEING], 1)
         if late:
             return Verdict([f"hangs: {where(log)}"], 1)
         if status or not answer:
@@ -514,9 +516,14 @@ class Trial:
 # not. That is the interpreter's; what the package starts by itself does not wait so (Pipeline.start_threads).
 STARTING = "hangs in Python's own Thread.start()"
 
+# queue.Queue, which urllib3 keeps its connections in, leaves by a call of Python that makes a tuple of its arguments, and keeps
+# its lock for ever where there is no memory for that.
+QUEUEING = "hangs in Python's own queue.Queue"
+
 
 # How others end when an allocation of theirs fails, as no package can prevent: what is told of the end, and whose it is.
 ENDS_OF_OTHERS = {
+    f"^{re.escape(QUEUEING)}": "hangs of Python's own queues",
     r"^hangs: .*(thread\.py\", line \d+ in (_worker|run)|_base\.py\", line \d+ in result)": "hangs of Python's own executors",
     r"^died, status -11: toc\.py\", line \d+ in _encoded": "crashes of msgspec's encoder",
 }
