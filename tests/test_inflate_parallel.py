@@ -607,6 +607,7 @@ def seconds_of_threads(stream: bytes) -> list[float]:
         for _ in found.blocks():
             pass
         times = [Path(f"/proc/self/task/{task}/schedstat").read_text().split()[0] for task in begun]
+    assert len(times) == 2
     return [int(time) / 1e9 for time in times]
 
 

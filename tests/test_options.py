@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from conftest import missing
 
 from estargz import Pool, UsageError, options
+from estargz.image.layers import LayerForm
 from estargz.options import Options, encoder, parse_size, resolve_level, usable_threads
 
 
@@ -239,7 +241,7 @@ def test_this_machine() -> None:
         (512, "estargz", 2, 8, 210),
         (128, "estargz", 2, 2, 45),
         (64, "estargz", 2, 1, 20),
-        (64, "zstd", 10, 1, 28),
+        (64, "zstd", 8, 1, 28),
         (256, "zstd", 19, 1, 77),
         (10, "gzip", 12, 1, 16),  # less than the interpreter has: the least that a build needs
     ],
@@ -263,32 +265,45 @@ def test_pool_in_a_cgroup(machine: Machine) -> None:
     assert (Pool(6).threads, Pool(memory=5).memory) == (6, 5)
     heavy = Pool(compression="zstd", level=19)
     assert (heavy.threads, heavy.memory >> 20) == (1, 77)
-    machine.memory(64 << 20, used=20 << 20)
-    with pytest.raises(
-        UsageError, match="takes 82 MiB, with what it works on 126, and the cgroup leaves 44 MiB; choose a"
-    ):
-        Pool(compression="zstd", level=19)
 
 
-def test_compressors_that_a_pool_was_not_made_for(machine: Machine) -> None:
-    """They are refused where they would go beyond the cgroup's memory."""
+def zstd_arguments(pool: Pool, level: int, **options: int) -> dict[str, object]:
+    return Options(compression="zstd", level=level, pool=pool, **options).kernel_arguments()
 
-    def arguments(pool: Pool, level: int) -> object:
-        return Options(compression="zstd", level=level, pool=pool).kernel_arguments()
 
+def test_compressors_that_a_pool_has_no_room_for(machine: Machine) -> None:
     machine.cpus(8)
-    assert arguments(Pool(), 19)
+    assert zstd_arguments(Pool(), 19)
     machine.memory(256 << 20, used=20 << 20)
-    assert arguments(Pool(), 10)
+    assert zstd_arguments(Pool(), 10)
     with pytest.raises(
-        UsageError, match="takes 82 MiB, and the cgroup leaves 34 MiB for each thread.*make the pool for"
+        UsageError, match="takes 82 MiB, and the cgroup's memory leaves 31 MiB for .*, or make the pool for"
     ):
-        arguments(Pool(), 19)
-    assert arguments(Pool(compression="zstd", level=19), 19)
-    assert arguments(Pool(3, compression="zstd", level=19), 19)  # threads that were asked for are not denied
-    assert arguments(Pool(8, 100 << 20), 19)
+        zstd_arguments(Pool(), 19)
+    for level in range(1, 20):
+        assert zstd_arguments(Pool(compression="zstd", level=level), level)
+    with pytest.raises(UsageError, match="fewer threads"):
+        zstd_arguments(Pool(3, compression="zstd", level=19), 19)
+    assert zstd_arguments(Pool(8, 100 << 20), 19)  # what is asked for is taken as it is
     machine.memory(4096 << 20, used=20 << 20)
-    assert arguments(Pool(), 19)
+    assert zstd_arguments(Pool(), 19)
+
+
+@pytest.mark.parametrize("compression", ["uncompressed", "zstd", "estargz", "gzip"])
+def test_small_compressors_are_never_refused(machine: Machine, compression: str) -> None:
+    machine.cpus(8)
+    machine.memory(32 << 20, used=20 << 20)
+    pool = Pool(compression=compression)
+    for other in ("uncompressed", "zstd", "estargz", "gzip"):
+        assert Options(compression=other, pool=pool).kernel_arguments()
+        assert Options(compression=other).kernel_arguments()
+
+
+def test_pools_that_images_make(machine: Machine) -> None:
+    machine.cpus(8)
+    machine.memory(256 << 20, used=20 << 20)
+    for form in (LayerForm("zstd", 19), LayerForm("estargz", 12), LayerForm("zstd"), LayerForm()):
+        assert Options(**form.options(), pool=form.pool()).kernel_arguments()
 
 
 def test_memory_by_cgroup_v2_and_without_a_limit(machine: Machine) -> None:
@@ -301,9 +316,17 @@ def test_memory_by_cgroup_v2_and_without_a_limit(machine: Machine) -> None:
     assert options.memory_room() == (100 << 20) - 1024 * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_no_room_for_a_compressor(machine: Machine) -> None:
-    machine.memory(64 << 20, used=20 << 20)
+@pytest.mark.parametrize("level", [10, 12, 15, 19])
+def test_room_for_a_compressor(machine: Machine, level: int) -> None:
+    """It is enough with two batches and 12 MiB for all else, and no less."""
+    asked = Options(compression="zstd", level=level)
+    needed = asked.compressor_size + 2 * asked.batch_size + (12 << 20)
+    machine.memory(needed + (20 << 20), used=20 << 20)
+    arguments = asked.kernel_arguments()
+    assert (arguments["threads"], arguments["memory"]) == (1, 2 * asked.batch_size)
+    machine.memory(needed + (19 << 20), used=20 << 20)
     with pytest.raises(
-        UsageError, match=r"takes 82 MiB, with what it works on 104, and the cgroup leaves 44 MiB; choose"
+        UsageError, match=r"compressor takes \d+ MiB, and the cgroup's memory leaves \d+ MiB .*; choose a lower"
     ):
-        Options(compression="zstd", level=19).kernel_arguments()
+        asked.kernel_arguments()
+    assert replace(asked, threads=1, memory=100 << 20).kernel_arguments()

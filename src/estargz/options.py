@@ -28,7 +28,9 @@ __all__ = [
     "Options",
     "Progress",
     "affordable",
+    "check_compressor",
     "check_range",
+    "compressor_room",
     "encoder",
     "memory_room",
     "parse_size",
@@ -61,6 +63,9 @@ _ISAL_STATE = 9 << 20
 """The most that a compressor of ISA-L's or libdeflate's takes, of any level."""
 _ZSTD_STATES = {19: 82, 17: 50, 16: 33, 15: 65, 14: 49, 13: 33, 12: 49, 10: 25, 9: 13, 7: 7, 1: 4}
 """Level -> MiB of libzstd's, from that level on: what ``ZSTD_sizeof_CCtx`` says after a frame as they are written here."""
+
+_BESIDES = 12 << 20
+"""What builds take besides compressors and batches: what is inflated ahead, stacks, the entries of a small layer."""
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _SIZE = re.compile(r"\s*([0-9]{1,20})\s*([kmgt]?)(?:ib|b)?\s*", re.IGNORECASE)
@@ -136,25 +141,27 @@ def memory_room() -> float:
     return max(0, limit - (resident - of_files) * os.sysconf("SC_PAGE_SIZE"))
 
 
-def affordable(
-    room: float, threads: int, memory: int, batch: int, compressor: int, *, batches: int = 1
-) -> tuple[int, int]:
+def affordable(room: float, threads: int, memory: int, batch: int, compressor: int) -> tuple[int, int]:
     """As many of ``threads`` and as much of ``memory`` as ``room`` has a place for, but no less than one thread and two
-    batches: half of it for the threads' compressors and a batch each, then half of the rest for all batches.
-
-    Raises:
-        UsageError: there is no room for a single large compressor and so many ``batches`` beside it.
-    """
+    batches: half of it for the threads' compressors and a batch each, then half of the rest for all batches."""
     if room == math.inf:
         return threads, memory
-    needed = compressor + batches * batch
-    if compressor > _ISAL_STATE and needed > room:
-        raise UsageError(
-            f"this level's compressor takes {compressor >> 20} MiB, with what it works on {needed >> 20}, and the cgroup "
-            f"leaves {int(room) >> 20} MiB; choose a lower level, or raise the limit"
-        )
     threads = max(1, min(threads, int(room) // 2 // (compressor + batch)))
     return threads, max(2 * batch, min(memory, (int(room) - threads * compressor) // 2))
+
+
+def compressor_room(room: float, threads: int, memory: int) -> float:
+    """Bytes that the compressor of each thread may take."""
+    return (room - memory - _BESIDES) / threads
+
+
+def check_compressor(size: int, room: float, remedy: str) -> None:
+    """Raises UsageError for a compressor that is larger than the room for each thread's. A small one is always let go."""
+    if size > max(room, _ISAL_STATE):
+        raise UsageError(
+            f"this level's compressor takes {size >> 20} MiB, and the cgroup's memory leaves {max(0, int(room)) >> 20} MiB "
+            f"for that of each thread; choose a lower level or fewer threads, raise the limit{remedy}"
+        )
 
 
 def resolve_level(compression: str, level: int | None = None, *, portable: bool = False) -> int:
@@ -278,7 +285,8 @@ class Options:
     def _share(self) -> tuple[int, int]:
         """Threads and memory: as they were asked for, the most of the pool, or what this machine has for a build alone."""
         if self.pool is not None:
-            self._check_compressors(self.pool.compressor_room)
+            remedy = ", or make the pool for this compression and level"
+            check_compressor(self.compressor_size, self.pool.compressor_room, remedy)
             threads = min(self.threads or self.pool.threads, self.pool.threads)
             return threads, min(self.memory or self.pool.memory, self.pool.memory)
         threads = self.threads or usable_threads()
@@ -286,13 +294,10 @@ class Options:
         memory = self.memory or max(32 << 20, slot) * (threads + 1)
         if self.threads and self.memory:
             return threads, memory
-        fewer, less = affordable(memory_room(), threads, memory, self.batch_size, self.compressor_size)
-        return self.threads or fewer, self.memory or less
-
-    def _check_compressors(self, room: float) -> None:
-        if self.compressor_size > room:
-            raise UsageError(
-                f"this level's compressor takes {self.compressor_size >> 20} MiB, and the cgroup leaves {int(room) >> 20} MiB "
-                "for each thread of the pool; make the pool for this compression and level, choose a lower level, or raise "
-                "the limit"
-            )
+        room = memory_room()
+        fewer, less = affordable(room, threads, memory, self.batch_size, self.compressor_size)
+        threads, memory = self.threads or fewer, self.memory or less
+        check_compressor(
+            self.compressor_size, compressor_room(room, threads, memory), ", or give both threads and memory"
+        )
+        return threads, memory

@@ -12,13 +12,12 @@ from estargz.cli.build import Size, portable_option, show_result, terminated_cle
 from estargz.cli.progress import MODES, layer_progress
 from estargz.errors import UsageError
 from estargz.image.convert import convert
-from estargz.image.layers import MovedLayer
+from estargz.image.layers import LayerForm, MovedLayer
 from estargz.image.output import COMPRESSIONS
 from estargz.image.rewriting import ATTESTATIONS
 from estargz.image.variants import VariantStore
 from estargz.options import DEFAULT_CHUNK_SIZE
 from estargz.registry.client import Registries
-from estargz.writing.pool import Pool
 
 __all__ = ["command", "described", "open_cache", "registry_options", "shared_options"]
 
@@ -114,6 +113,7 @@ def command(
     as_json: bool,
     compression: str | None,
     level: int | None,
+    portable: bool,
     **options: Any,
 ) -> None:
     """Copy the image SOURCE to DEST, its layers in another compression.
@@ -130,7 +130,7 @@ def command(
     """
     if platforms and all_platforms:
         raise UsageError("give either --platform or --all-platforms")
-    pool = Pool(threads, memory, compression=compression or "gzip", level=level if compression else None)
+    pool = LayerForm(compression, level, portable=portable).pool(threads, memory)
     with (
         terminated_cleanly(),
         layer_progress(progress) as report,
@@ -142,6 +142,7 @@ def command(
             dest,
             compression=compression,
             level=level,
+            portable=portable,
             platforms=platforms or None,
             force=force_compression,
             cache=store,

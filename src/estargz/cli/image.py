@@ -25,9 +25,9 @@ from estargz.cli.inspect import command as inspect
 from estargz.cli.progress import layer_progress
 from estargz.errors import UsageError
 from estargz.image.image import Image
+from estargz.image.layers import LayerForm
 from estargz.image.output import Output
 from estargz.registry.client import Registries
-from estargz.writing.pool import Pool
 
 _LAYER_KEYS = ("lower", "overlay-lower", "prefetch", "record-in", "created-by")
 _LAYER_FLAGS = ("allow-missing", "no-landmark")
@@ -113,7 +113,7 @@ def build(
         descriptor_of(sys.stdout, "output")
     if sum(_split(layer)[0] == "-" for layer in layers) > 1:
         raise UsageError("standard input is one layer; give the others as files")
-    pool = Pool(threads, memory, compression=wanted.compression, level=wanted.compression_level)
+    pool = LayerForm(wanted.compression, wanted.compression_level, portable=portable).pool(threads, memory)
     with (
         terminated_cleanly(),
         layer_progress(progress) as report,

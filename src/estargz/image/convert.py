@@ -93,7 +93,6 @@ def convert(
     family = _family(compression, oci_types)
     if attestations not in ATTESTATIONS:
         raise UsageError(f"attestations are to {attestations!r}: choose {', '.join(ATTESTATIONS)}")
-    pool = pool or Pool(compression=compression or "gzip", level=level)
     wanted = None if platforms is None else [Platform.parse(platform) for platform in platforms]
     with ExitStack() as opened:
         if registries is None:
@@ -109,7 +108,7 @@ def convert(
         kept = [] if base is None or force else _layers_of_base(_reference(base), registries)
         target = open_target(to, registries)
         opened.callback(target.close)
-        mover = LayerMover(target, form, pool=pool, cache=cache, report=report)
+        mover = LayerMover(target, form, pool=pool or form.pool(), cache=cache, report=report)
         writer = TreeWriter(origin, target, oci=family, attestations=attestations)
         root = writer.write(tree, mover, kept)
         if tags:

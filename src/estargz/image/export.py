@@ -70,7 +70,7 @@ def export(
         image.registries.allow_insecure(Reference.parse(f"docker://{name}").host for name in output.names)
     if any(one.of.startswith("index") for one in output.annotations):
         raise UsageError("an image for one platform has no index to annotate; leave annotation-index out")
-    pool = pool or Pool(compression=output.compression, level=output.compression_level)
+    pool = pool or LayerForm(output.compression, output.compression_level, portable=portable).pool()
     work = _Work(image, output, portable, cache, pool, report)
     if output.type == "local":
         return work.files(output.dest or ".")

@@ -165,7 +165,7 @@ class Image:
         output:    BuildKit's ``--output`` line, or an Output made of one
         portable:  the same bytes on every CPU, as for ``estargz.build``
         cache:     finds finished layers, and keeps them; None: nothing is kept but what the line says
-        pool:      threads and memory for all layers; None: a new one
+        pool:      threads and memory for all layers; None: a new one, for this compression and level
         report:    is told how far each layer is
 
         Raises UsageError, SourceError, BlobError, RegistryError, SinkError, and what a layer's own source raises.

@@ -20,6 +20,7 @@ from estargz.layer import TOC_DIGEST, UNCOMPRESSED_DIGEST, Layer
 from estargz.options import DEFAULT_CHUNK_SIZE, Options
 from estargz.reading.footer import FOOTER_MAX, read_footer
 from estargz.writing.building import build, tar_digest
+from estargz.writing.pool import Pool
 from estargz.writing.source import PathLike, Readable
 
 __all__ = [
@@ -72,6 +73,10 @@ class LayerForm:
             "min_chunk_size": self.min_chunk_size,
             "portable": self.portable,
         }
+
+    def pool(self, threads: int | None = None, memory: int | None = None) -> Pool:
+        """One with room for such layers' compressors."""
+        return Pool(threads, memory, compression=self.options()["compression"], level=self.level)
 
     def changes(self, kind: LayerKind) -> bool:
         """Whether a layer of this kind becomes another one. As for BuildKit, an eStargz layer is none of plain gzip."""

@@ -6,7 +6,16 @@ import math
 import os
 
 from estargz._crew import Crew
-from estargz.options import MAX_MEMORY, MAX_THREADS, Options, affordable, check_range, memory_room, usable_threads
+from estargz.options import (
+    MAX_MEMORY,
+    MAX_THREADS,
+    Options,
+    affordable,
+    check_range,
+    compressor_room,
+    memory_room,
+    usable_threads,
+)
 
 __all__ = ["Pool"]
 
@@ -33,11 +42,11 @@ class Pool:
     Args:
         threads: 1..1024, None for the CPUs this process may use, or fewer where a cgroup has no memory for them.
         memory: bytes, None for 64 MiB and 64 MiB more for each thread, or less in a cgroup that has less.
-        compression, level: of the builds that need most. In a cgroup with little memory they decide how much is left for
-            compressors, of which zstd's take up to 82 MiB each.
+        compression, level: of the builds that need most. In a cgroup with little memory for so many threads, builds with
+            larger compressors are a UsageError; zstd's take up to 82 MiB each, all others 9 MiB at most.
 
     Raises:
-        UsageError: a value is out of its range, or the cgroup has no memory for a single compressor.
+        UsageError: a value is out of its range.
     """
 
     def __init__(
@@ -53,13 +62,18 @@ class Pool:
         most = Options(compression=compression, level=level)
         room = memory_room() if threads is None or memory is None else math.inf  # what is asked for is taken as it is
         batch = max(_BATCH, most.batch_size)
-        fewer, less = affordable(room, count, DEFAULT_MEMORY * (count + 1), batch, most.compressor_size, batches=2)
+        fewer, less = affordable(room, count, DEFAULT_MEMORY * (count + 1), batch, most.compressor_size)
         threads = fewer if threads is None else threads
         memory = less if memory is None else memory
         check_range("memory", memory, 1, MAX_MEMORY)
         self._crews = {os.getpid(): Crew(threads, memory)}
-        self.compressor_room = max(most.compressor_size, (room - memory) / threads)
-        """Bytes that the compressor of each thread may take; infinite without a cgroup's limit."""
+        self._compressor_room = compressor_room(room, threads, memory)
+
+    @property
+    def compressor_room(self) -> float:
+        """Bytes that the compressor of each thread may take: infinite without a cgroup's limit, and where both threads and
+        memory were given."""
+        return self._compressor_room
 
     @property
     def threads(self) -> int:
