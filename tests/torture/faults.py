@@ -703,7 +703,10 @@ def run_all(run: Run, chosen: Any, stack: ExitStack) -> None:
         if chosen.only and not any(wanted.split(":")[0] == scenario.name for wanted in chosen.only):
             continue
         run.count_calls(scenario)
-        faults = list(faults_of(scenario.counts, FOR_EVER if chosen.only else 0 if chosen.quick else EVERYBODYS))
+        everybodys = 0 if chosen.quick else EVERYBODYS
+        if any(":" in only for only in chosen.only):  # one of them is asked for
+            everybodys = FOR_EVER
+        faults = list(faults_of(scenario.counts, everybodys))
         if chosen.only:
             wanted = [f"{only}:" for only in chosen.only]
             faults = [fault for fault in faults if f"{scenario.name}:{fault}:".startswith(tuple(wanted))]
