@@ -93,6 +93,9 @@ ASAN = Build(
 # In a forked child whose last thread is not its first, that thread's end runs exit handlers, and OpenSSL's allocates: by then
 # ThreadSanitizer has forgotten the thread, and looks for its memory at an address that is none.
 LAST_THREADS = tuple(f"tests/test_embedding.py::test_fork_within_a_build[{pooled}-write]" for pooled in (False, True))
+# pyarrow is compiled without the sanitizer, so that what guards its memory is not seen; and once it is loaded, a fork takes all
+# locks of its allocator, which are more than ThreadSanitizer can count.
+PYARROW = "tests/test_filesystem.py::test_pandas_and_pyarrow"
 TSAN = Build(
     "tsan",
     "thread",
@@ -100,7 +103,7 @@ TSAN = Build(
     patience=15,
     careless=("races",),
     quick=("pool", "inflate_parallel"),
-    left_out=(*OTHER_PROGRAMS, *LAST_THREADS),
+    left_out=(*OTHER_PROGRAMS, *LAST_THREADS, PYARROW),
 )
 BUILDS = (ASAN, TSAN)
 
@@ -185,7 +188,7 @@ def settings_of(build: Build) -> dict[str, str]:
     options = "exitcode=0:die_after_fork=0:history_size=4:report_signal_unsafe=0:allocator_may_return_null=1"
     return {
         "LD_PRELOAD": f"{found} {clock}",
-        "TSAN_OPTIONS": f"{options}:suppressions={SUPPRESSIONS / 'tsan.txt'}:log_path={path}",
+        "TSAN_OPTIONS": f"{options}:log_path={path}",
     }
 
 
@@ -237,8 +240,8 @@ def run_tests(build: Build, outcome: Outcome, arguments: Sequence[str]) -> None:
         )
     if results.exists():
         count_results(build, outcome, results)
-    if done.returncode not in (0, 1):
-        outcome.defect(f"{build.name}: pytest ended with {done.returncode}, see {log.relative_to(ROOT)}")
+    if done.returncode not in (0, 1) or not results.exists():
+        outcome.defect(f"{build.name}: pytest ended too early with {done.returncode}, see {log.relative_to(ROOT)}")
     count_reports(build, outcome)
 
 
@@ -267,7 +270,8 @@ def count_reports(build: Build, outcome: Outcome) -> None:
         lines = report.read_text(errors="replace").splitlines()
         if all(line.startswith("ThreadSanitizer: reported ") for line in lines):  # a forked child counts its parent's
             continue
-        findings = [line for line in lines if line.startswith("SUMMARY: ") or ": runtime error: " in line]
+        signs = (": runtime error: ", ": CHECK failed: ")  # the latter of the sanitizer itself, which then ends
+        findings = [line for line in lines if line.startswith("SUMMARY: ") or any(sign in line for sign in signs)]
         found.update(findings or [f"a report without a summary: {report.name}"])
     for line, times in found.items():
         outcome.defect(f"{build.name}: {line} ({times} times), see {build.reports.relative_to(ROOT)}")
