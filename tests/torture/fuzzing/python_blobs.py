@@ -62,7 +62,7 @@ def toc(data: bytes) -> None:
 
 def _expect_same(mine: list[TOCEntry], theirs: Any) -> None:
     expect(theirs is not None, "Go refuses it")
-    seen = [{key: value for key, value in entry.items() if value not in ("", 0)} for entry in theirs["entries"] or []]
+    seen = [_said(entry) for entry in theirs["entries"] or []]
     for entry in seen:
         if "xattrs" in entry:  # no value is an empty one
             entry["xattrs"] = {key: value or "" for key, value in entry["xattrs"].items()}
@@ -75,7 +75,12 @@ def _stated(entry: TOCEntry) -> dict[str, Any]:
         facts["xattrs"] = {
             key: base64.b64encode(base64.b64decode(value)).decode() for key, value in entry.xattrs.items()
         }
-    return {key: value for key, value in facts.items() if value not in ("", 0)}
+    return _said(facts)
+
+
+def _said(entry: dict[str, Any]) -> dict[str, Any]:
+    """What says more than its absence: a time of the epoch is that of an entry without one."""
+    return {key: value for key, value in entry.items() if value not in ("", 0, "1970-01-01T00:00:00Z")}
 
 
 def _is_refused_by_choice(data: bytes, theirs: Mapping[str, Any]) -> bool:
@@ -108,7 +113,7 @@ def _objects(data: bytes) -> list[list[tuple[str, Any]]]:
         found.append([(key.replace("\u017f", "s").replace("\u212a", "k").lower(), value) for key, value in pairs])
         return dict(pairs)
 
-    json.loads(data.decode(errors="replace"), object_pairs_hook=keep)
+    json.loads(data.decode(errors="replace"), object_pairs_hook=keep, parse_int=str)
     return found
 
 
