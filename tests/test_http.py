@@ -1054,6 +1054,14 @@ def test_closing_ends_a_pause(server: Server) -> None:
     assert "is closed" in str(caught[0])
 
 
+def test_closing_just_before_a_pause(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = HttpSource(server.url, tail=TAIL)
+    server.usual = status(503)
+    monkeypatch.setattr("estargz.reading.http.pause", lambda _: source.close() or 0.1)
+    with pytest.raises(UsageError, match="is closed"):
+        source.read_at(0, 10)
+
+
 def test_a_failed_open_leaves_nothing(server: Server) -> None:
     server.usual = status(404)
     with nothing_leaks(), pytest.raises(RangeError):
