@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from conftest import missing
 
+import estargz
 from estargz import Pool, UsageError, options
 from estargz.image.layers import LayerForm
 from estargz.options import Options, encoder, parse_size, resolve_level, usable_threads
@@ -314,6 +315,18 @@ def test_memory_by_cgroup_v2_and_without_a_limit(machine: Machine) -> None:
     assert options.memory_room() == math.inf
     machine.write("/sys/fs/cgroup/a/memory.max", f"{100 << 20}\n")
     assert options.memory_room() == (100 << 20) - 1024 * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_images_make_room_for_their_compressors(machine: Machine, tmp_path: Path) -> None:
+    machine.cpus(8)
+    machine.memory(256 << 20, used=20 << 20)
+    (tmp_path / "tree").mkdir()
+    image = estargz.Image.new("linux/amd64").append(tmp_path / "tree")
+    with pytest.raises(UsageError, match="make the pool for"):
+        image.export(f"type=oci,dest={tmp_path}/a,compression=zstd,compression-level=19", pool=Pool())
+    image.export(f"type=oci,dest={tmp_path}/a,compression=zstd,compression-level=19")
+    image.export(f"type=oci,dest={tmp_path}/b,name=b:1")
+    estargz.convert(f"oci-archive:{tmp_path}/b", f"oci:{tmp_path}/c:1", compression="zstd", level=19)
 
 
 @pytest.mark.parametrize("level", [10, 12, 15, 19])
