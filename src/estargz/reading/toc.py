@@ -420,7 +420,7 @@ def _encoded(xattrs: dict[str, str]) -> bytes:
 
 
 # How Go's encoder begins a table, parts its entries and ends it. No string in JSON holds a raw line feed.
-_HEAD = re.compile(rb'\{\n\t"version": ([0-9]{1,9}),\n\t"entries": \[\n\t\t\{')
+_HEAD = re.compile(rb'\{\n\t"version": (0|[1-9][0-9]{0,8}),\n\t"entries": \[\n\t\t\{')
 _BORDER = b"\n\t\t},\n\t\t{"
 _TAIL = b"\n\t\t}\n\t]\n}"
 # Decoded at a time; a table in another form than Go's is decoded in one.
