@@ -113,7 +113,7 @@ def build(
         descriptor_of(sys.stdout, "output")
     if sum(_split(layer)[0] == "-" for layer in layers) > 1:
         raise UsageError("standard input is one layer; give the others as files")
-    pool = LayerForm(wanted.compression, wanted.compression_level, portable=portable).pool(threads, memory)
+    pool = LayerForm.of(wanted, portable=portable).pool(threads, memory)
     with (
         terminated_cleanly(),
         layer_progress(progress) as report,

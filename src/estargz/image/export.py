@@ -31,7 +31,6 @@ from estargz.image.rewriting import TreeWriter, in_family
 from estargz.image.store import ImageTarget, open_source, open_target, put_bytes
 from estargz.image.tree import read_tree
 from estargz.image.variants import VariantStore, default_cache
-from estargz.options import DEFAULT_CHUNK_SIZE
 from estargz.reading.extracting import extract
 from estargz.writing.building import build
 from estargz.writing.pool import Pool
@@ -70,8 +69,8 @@ def export(
         image.registries.allow_insecure(Reference.parse(f"docker://{name}").host for name in output.names)
     if any(one.of.startswith("index") for one in output.annotations):
         raise UsageError("an image for one platform has no index to annotate; leave annotation-index out")
-    pool = pool or LayerForm(output.compression, output.compression_level, portable=portable).pool()
-    work = _Work(image, output, portable, cache, pool, report)
+    form = LayerForm.of(output, portable=portable)
+    work = _Work(image, output, form, cache, pool or form.pool(), report)
     if output.type == "local":
         return work.files(output.dest or ".")
     if output.type == "tar":
@@ -89,7 +88,7 @@ def _standard_output() -> DescriptorSink:
 class _Work:
     image: Image
     output: Output
-    portable: bool
+    form: LayerForm
     cache: VariantStore | None
     pool: Pool
     report: Report | None
@@ -105,7 +104,7 @@ class _Work:
             docker = not self.output.oci_mediatypes
             moved = [
                 replace(layer, descriptor=in_family(layer.descriptor, docker=docker))
-                for layer in self._mover(first, self._form()).move(self._layers())
+                for layer in self._mover(first, self.form).move(self._layers())
             ]
             root, data = self._documents(first, moved)
             self._name(first, place, root, data)
@@ -171,16 +170,6 @@ class _Work:
 
     # ----------------------------------------------------------------------------------------------------------------
     # layers
-
-    def _form(self) -> LayerForm:
-        output = self.output
-        return LayerForm(
-            output.compression,
-            output.compression_level,
-            output.chunk_size or DEFAULT_CHUNK_SIZE,
-            output.min_chunk_size,
-            self.portable,
-        )
 
     def _mover(self, target: ImageTarget, form: LayerForm) -> LayerMover:
         return LayerMover(target, form, pool=self.pool, cache=self.cache, report=self.report)

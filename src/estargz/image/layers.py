@@ -15,6 +15,7 @@ from typing import Any, Self
 from estargz.descriptors import naming
 from estargz.errors import BlobError, RangeError, RegistryError, SourceError, UsageError
 from estargz.image.model import Descriptor, layer_compression, layer_media_type
+from estargz.image.output import Output
 from estargz.image.store import ImageSource
 from estargz.layer import TOC_DIGEST, UNCOMPRESSED_DIGEST, Layer
 from estargz.options import DEFAULT_CHUNK_SIZE, Options
@@ -63,6 +64,12 @@ class LayerForm:
 
     def __post_init__(self) -> None:
         Options(**self.options())
+
+    @classmethod
+    def of(cls, output: Output, *, portable: bool) -> Self:
+        """What an output line wants."""
+        chunk_size = output.chunk_size or DEFAULT_CHUNK_SIZE
+        return cls(output.compression, output.compression_level, chunk_size, output.min_chunk_size, portable)
 
     def options(self) -> dict[str, Any]:
         """As ``estargz.build`` takes them."""
