@@ -307,7 +307,7 @@ class HttpSource:
                     self._moved = None
                     wait = self._wait(failure, attempt, deadline)
                     if wait is None:
-                        self._check_open()  # else there was no time to wait because these are closed
+                        self._check_open()  # which leaves no time to wait, either
                         raise self._error(failure, span, attempt) from failure.__cause__
                 self._sleep(wait)
                 attempt += 1
