@@ -46,18 +46,11 @@ from estargz.reading.cache import CachedSource
 from estargz.reading.http import HttpSource
 from estargz.reading.source import SeekReader, Window, open_source
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = [pytest.mark.timeout(60), pytest.mark.usefixtures("home")]
 
 DATA = random.Random(7).randbytes(100_000)
 TAIL = 4096
 AT = len(DATA) - TAIL  # where the kept tail begins
-
-
-@pytest.fixture(autouse=True)
-def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in list(os.environ):
-        if name.lower().endswith("_proxy"):
-            monkeypatch.delenv(name)
 
 
 # --- the server

@@ -36,7 +36,7 @@ from estargz.reading.scan import scan_tar
 from estargz.reading.toc import Limits, go_text, load_table
 from estargz.writing.timestamps import ClampedTar
 
-from .python_target import peer
+from .python_target import NO_TIME, peer
 
 __all__ = ["TARGETS", "Target"]
 
@@ -418,7 +418,7 @@ def stated(entry: Any) -> dict[str, Any]:
 
 def facts_of(entry: dict[str, Any]) -> dict[str, Any]:
     """What says more than its absence: a time of the epoch is that of an entry without one."""
-    return {key: value for key, value in entry.items() if value and (key, value) != ("modtime", "1970-01-01T00:00:00Z")}
+    return {key: value for key, value in entry.items() if value and (key, value) != NO_TIME}
 
 
 def of_go_table(entry: dict[str, Any]) -> dict[str, Any]:

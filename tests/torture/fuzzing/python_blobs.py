@@ -22,7 +22,7 @@ from estargz.reading.footer import FOOTER_MAX, Footer, read_footer
 from estargz.reading.toc import TOC_NAME, Limits, TOCEntry, load_table, modtime_seconds, parse_toc
 from estargz.reading.toc_text import read_text
 
-from .python_target import accepted, expect, peer, target
+from .python_target import NO_TIME, accepted, expect, peer, target
 
 _DEPTH = 400  # levels; Go reads ten thousand
 _WALKED = 100  # names of a blob
@@ -80,7 +80,7 @@ def _stated(entry: TOCEntry) -> dict[str, Any]:
 
 def _said(entry: dict[str, Any]) -> dict[str, Any]:
     """What says more than its absence: a time of the epoch is that of an entry without one."""
-    return {key: value for key, value in entry.items() if value not in ("", 0, "1970-01-01T00:00:00Z")}
+    return {key: value for key, value in entry.items() if value not in ("", 0) and (key, value) != NO_TIME}
 
 
 def _is_refused_by_choice(data: bytes, theirs: Mapping[str, Any]) -> bool:

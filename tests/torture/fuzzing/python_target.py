@@ -15,6 +15,8 @@ from estargz.errors import EstargzError
 
 ROOT = Path(__file__).resolve().parents[3]
 CORPUS = Path(__file__).resolve().parent / "corpus"
+NO_TIME = ("modtime", "1970-01-01T00:00:00Z")
+"""What a table says of an entry of the epoch, or leaves out."""
 
 Check = Callable[[bytes], None]
 Shape = Literal["bytes", "json", "tar"]
